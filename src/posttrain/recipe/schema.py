@@ -1,0 +1,238 @@
+"""What a run is. Every key a recipe may hold, its type, default and meaning; nothing here imports torch.
+
+The descriptions are the documentation: `posttrain explain KEY` prints them and `posttrain schema` turns them
+into a JSON Schema for editors.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+SCHEMA_VERSION = 1
+
+
+class Block(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class Lora(Block):
+    """Low-rank adapter (Hu et al., 2106.09685): W + (alpha / r) B A, only A and B are trained."""
+
+    r: int = Field(16, ge=1, description="Rank of the update.")
+    alpha: float = Field(32.0, gt=0, description="The update is scaled by alpha / r.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+    targets: Literal["all-linear"] | tuple[str, ...] = Field(
+        "all-linear", description="Which linear layers get an adapter: all but the output head, or a list of names."
+    )
+
+
+class Model(Block):
+    source: str = Field(description="A directory, a hub id (owner/name), a .gguf file, or pip:PACKAGE/FILE.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of the weights.")
+    adapter: Lora | None = Field(None, description="Train a low-rank adapter; without it every weight is trained.")
+    chat_template: str | None = Field(
+        None, description="A Jinja file, or `chatml`, in place of the model's own chat template."
+    )
+
+
+class Source(Block):
+    source: str = Field(
+        description="A file (.jsonl, .json, .csv, .parquet, .txt, also .gz), hub:OWNER/NAME, or reasoning_gym/TASK."
+    )
+    weight: float = Field(1.0, gt=0, description="Share of the mixture, relative to the other sources.")
+    rows: int | None = Field(None, ge=1, description="Take at most so many rows; a generator needs it.")
+    seed: int = Field(0, ge=0, description="Seed of a generator.")
+    config: dict[str, Any] = Field(default_factory=dict, description="A generator's own parameters.")
+    split: str = Field("train", description="Split of a hub data set.")
+    shape: str | None = Field(None, description="Name of the row shape, where detection should not decide.")
+
+
+class Data(Block):
+    sources: tuple[Source, ...] = Field(min_length=1, description="Where rows come from; mixed by weight.")
+    system: str | None = Field(None, description="System prompt for conversations that have none.")
+    max_length: int = Field(1024, ge=8, description="Longest sequence, prompt and completion together, in tokens.")
+    too_long: Literal["error", "drop", "truncate"] = Field(
+        "drop", description="What happens to a longer one; truncate cuts the end of the completion, never the prompt."
+    )
+    max_bad_rows: float = Field(
+        0.05, ge=0, le=1, description="Share of rows that may be unreadable before the run stops; each is reported."
+    )
+
+
+class Optim(Block):
+    lr: float = Field(2e-4, gt=0, description="Peak learning rate.")
+    schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="Decay after warm-up, to zero.")
+    warmup: float = Field(0.1, ge=0, lt=1, description="Share of the steps over which the rate rises from zero.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay (not on norms and biases).")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's moment decay rates.")
+    eps: float = Field(1e-8, gt=0, description="AdamW's denominator offset.")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="Clip the gradient's global 2-norm; null: no clipping.")
+
+
+class Sampling(Block):
+    temperature: float = Field(1.0, ge=0, description="0 is greedy.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Keep the smallest set of tokens with this probability mass.")
+    top_k: int = Field(0, ge=0, description="Keep the k likeliest tokens; 0 keeps all.")
+    min_p: float = Field(0.0, ge=0, lt=1, description="Keep tokens at least this share as likely as the likeliest.")
+    max_new_tokens: int = Field(64, ge=1, description="Longest completion, in tokens.")
+    stop: tuple[str, ...] = Field((), description="Strings that end a completion.")
+
+
+class StageBase(Block):
+    id: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="Name of the stage, and of its folder.")
+    from_: str | None = Field(
+        None, alias="from", description="Id of the stage whose model this one starts from; default: the one before."
+    )
+    data: Data = Field(description="What the stage learns from.")
+    steps: int = Field(ge=1, description="Optimiser steps.")
+    batch_size: int = Field(8, ge=1, description="Examples (sft), pairs (dpo) or prompts (grpo) in one step.")
+    tokens_per_forward: int = Field(
+        4096, ge=16, description="Token budget of one forward pass; changes memory and speed, never the result."
+    )
+    optim: Optim = Field(default_factory=lambda: Optim(), description="Optimiser and its schedule.")
+    checkpoint_every: int = Field(10, ge=1, description="Steps between checkpoints.")
+    nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="On a NaN or infinite loss or gradient: stop the run, or skip the step and count it."
+    )
+
+
+class Sft(StageBase):
+    """Supervised fine-tuning: negative log-likelihood of the assistant's tokens, per target token of the step."""
+
+    kind: Literal["sft"]
+
+
+class PairSampling(Sampling):
+    n: int = Field(8, ge=2, description="Completions per prompt, ranked by the verifier.")
+    prompts: int = Field(ge=1, description="How many prompts to sample for before training.")
+
+
+class Dpo(StageBase):
+    """Direct preference optimisation (Rafailov et al., 2305.18290) against the stage's own starting point."""
+
+    kind: Literal["dpo"]
+    optim: Optim = Field(default_factory=lambda: Optim(lr=5e-5), description="Optimiser and its schedule.")
+    beta: float = Field(0.1, gt=0, description="Strength of the pull towards the reference.")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="Share of labels taken to be flipped (cDPO, Mitchell 2023)."
+    )
+    nll_weight: float = Field(
+        0.0, ge=0, description="Weight of the chosen answer's per-token NLL (RPO, 2404.19733); guards its probability."
+    )
+    on_policy: PairSampling | None = Field(
+        None, description="Sample pairs from the stage's starting model and rank them with the task's verifier; "
+        "without it the data must hold pairs."
+    )
+
+
+class Grpo(StageBase):
+    """Group-relative policy optimisation (Shao et al., 2402.03300) with a verifier's reward."""
+
+    kind: Literal["grpo"]
+    optim: Optim = Field(
+        default_factory=lambda: Optim(lr=5e-5, schedule="constant"), description="Optimiser and its schedule."
+    )
+    n: int = Field(8, ge=2, description="Completions per prompt (the group).")
+    sampling: Sampling = Field(default_factory=lambda: Sampling(), description="How completions are drawn.")
+    iterations: int = Field(1, ge=1, description="Optimiser steps on each batch of rollouts.")
+    baseline_std: Literal["group", "batch", "none"] = Field(
+        "group", description="What the centred reward is divided by; none is Dr. GRPO (2503.20783)."
+    )
+    std_eps: float = Field(1e-4, gt=0, description="Added to that deviation (which is the unbiased, n - 1, one).")
+    aggregate: Literal["token", "sequence", "constant"] = Field(
+        "token", description="Mean over the step's tokens (DAPO), mean over sequences of their means (GRPO), "
+        "or sum over sequences divided by max_new_tokens (Dr. GRPO)."
+    )
+    ratio: Literal["token", "sequence"] = Field(
+        "token", description="Importance ratio per token, or one per sequence, its geometric mean (GSPO, 2507.18071)."
+    )
+    clip_low: float = Field(0.2, ge=0, lt=1, description="Ratio is clipped below at 1 - clip_low.")
+    clip_high: float = Field(0.2, ge=0, description="... and above at 1 + clip_high (clip-higher: 0.28).")
+    ratio_cap: float | None = Field(None, gt=1, description="Cap on the ratio where the advantage is negative (dual clip).")
+    kl_weight: float = Field(0.0, ge=0, description="Weight of the KL penalty towards the stage's starting model.")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="Schulman's estimators of that KL.")
+    importance: Literal["truncate", "mask", "none"] = Field(
+        "truncate", description="Correction for sampler and trainer disagreeing: weight exp(trainer - sampler) "
+        "cut at importance_cap, or dropped above it."
+    )
+    importance_cap: float = Field(2.0, gt=1, description="Largest such weight.")
+
+
+Stage = Annotated[Sft | Dpo | Grpo, Field(discriminator="kind")]
+
+
+class Suite(Block):
+    id: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="Name of the suite in tables and gates.")
+    role: Literal["trained", "neighbour"] = Field(
+        description="trained: what the stages teach, on held-out items; neighbour: near it, to see what moved along."
+    )
+    source: Source = Field(description="Verifiable tasks; training drops every prompt that stands in here.")
+    version: int = Field(1, ge=1, description="Raise it when the items or the scoring change.")
+
+
+class Retention(Block):
+    """How far the model moved from the base where it was not asked to: KL and drift on general prompts."""
+
+    prompts: str = Field("builtin", description="`builtin`, or a text file with one prompt a line.")
+    rows: int = Field(48, ge=2, description="How many prompts.")
+    max_new_tokens: int = Field(32, ge=1, description="Length of the base's continuation that is compared.")
+
+
+class Evals(Block):
+    suites: tuple[Suite, ...] = Field((), description="Scored before the first and after every stage, greedily.")
+    retention: Retention | None = Field(None, description="Measure drift from the base.")
+    max_new_tokens: int = Field(64, ge=1, description="Longest answer in a suite, in tokens.")
+    system: str | None = Field(None, description="System prompt of the suites' conversations.")
+
+
+class Gate(Block):
+    """A condition on the last stage's model. A gate that is not met makes the run exit 1, after its report."""
+
+    suite: str = Field(description="Id of a suite, or `retention`.")
+    measure: Literal["score", "gain", "unparsed", "kl"] = Field(
+        description="score: accuracy; gain: accuracy above the base's; unparsed: share; kl: nats per token (retention)."
+    )
+    at_least: float | None = Field(None, description="Lowest value that passes.")
+    at_most: float | None = Field(None, description="Highest value that passes.")
+    sure: bool = Field(
+        False, description="Compare the worse end of the 95 % interval in place of the estimate itself."
+    )
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Gate:
+        if self.at_least is None and self.at_most is None:
+            raise ValueError("a gate needs at_least or at_most")
+        if (self.suite == "retention") != (self.measure == "kl"):
+            raise ValueError("measure kl goes with suite retention, and only with it")
+        return self
+
+
+class Recipe(Block):
+    schema_: Literal[1] = Field(alias="schema", description="Version of the recipe format.")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run.")
+    seed: int = Field(0, ge=0, description="Every random choice of the run derives from it.")
+    model: Model = Field(description="The model to start from.")
+    stages: tuple[Stage, ...] = Field(min_length=1, description="What is done to it, in order.")
+    evals: Evals = Field(default_factory=lambda: Evals(), description="What is measured before and after each stage.")
+    gates: tuple[Gate, ...] = Field((), description="What must hold at the end.")
+
+    @model_validator(mode="after")
+    def _names_resolve(self) -> Recipe:
+        seen: list[str] = []
+        for stage in self.stages:
+            if stage.id in {*seen, "base"}:
+                raise ValueError(f"stage id {stage.id!r} is taken; give each stage its own (and not 'base')")
+            if stage.from_ is not None and stage.from_ not in {*seen, "base"}:
+                raise ValueError(f"stage {stage.id!r}: from: {stage.from_!r} names no earlier stage ({', '.join(seen) or 'none'})")
+            seen.append(stage.id)
+        suites = [s.id for s in self.evals.suites]
+        if len(set(suites)) < len(suites) or "retention" in suites:
+            raise ValueError("suite ids must differ, and `retention` is taken")
+        known = {*suites, *(["retention"] if self.evals.retention else [])}
+        for gate in self.gates:
+            if gate.suite not in known:
+                raise ValueError(f"gate on {gate.suite!r}: no such suite ({', '.join(sorted(known)) or 'none'})")
+        return self
