@@ -1,0 +1,74 @@
+"""Folders that appear whole or not at all, and one process at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from posttrain.records import UserError
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A work folder that becomes `folder` when the block ends, synced to disk; an exception leaves nothing.
+
+    What a killed process left is removed by the next one that stages the same folder.
+
+    Raises:
+        UserError: the place cannot be written, or the disk is full.
+    """
+    work = folder.parent / f".{folder.name}.{os.getpid()}.part"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for stale in folder.parent.glob(f".{folder.name}.*.part"):
+            if stale == work or not _alive(int(stale.name.split(".")[-2])):
+                shutil.rmtree(stale)
+        work.mkdir()
+        yield work
+        for path in (*work.rglob("*"), work):
+            _sync(path)
+        os.replace(work, folder)
+        _sync(folder.parent)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror or error}); free the disk or name another place"
+        ) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on `path`; others wait. The kernel lets go of it when the process dies."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = path.open("a")
+    except OSError as error:
+        raise UserError(
+            f"{path.parent}: cannot be written ({error.strerror}); set POSTTRAIN_CACHE"
+        ) from error
+    with handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,387 @@
+"""A model that is trained: its weights by name, their digest, and how they are loaded, swapped, saved and merged."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from posttrain.models.disk import staged
+from posttrain.models.source import resolve
+from posttrain.recipe.schema import Lora
+from posttrain.records import Artifact, UserError
+
+RECORD = "posttrain.json"
+"""File beside saved weights that says where the base came from and what the digests are."""
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+PROBES = (
+    "The capital of France is Paris, and the river that runs through it is the Seine.",
+    "def add(a, b):\n    return a + b\n\nprint(add(12, 30))  # 42",
+    "What is 17 + 25? Think it through, then give the answer on its own line.",
+)
+"""Texts on which a merged model is compared with the unmerged one."""
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, in the order of the names."""
+    sha = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        sha.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Policy:
+    """A causal language model and its tokenizer.
+
+    The model stays in eval mode, in training too: a policy whose dropout fires has no log-probabilities that a
+    sampler, a reference or a second pass could agree with. Only `adapter_dropout` switches anything on.
+    """
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    """Where the base came from, in a form that `load` takes again."""
+    base_digest: str
+    """Digest of the base's weights; equal to `digest()` before the first step where every weight is trained."""
+    revision: str | None = None
+
+    @property
+    def adapter(self) -> LoraConfig | None:
+        return self.model.peft_config["default"] if isinstance(self.model, PeftModel) else None
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Trainable weights by name. Tied weights appear once."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @cached_property
+    def parameters_total(self) -> int:
+        """Number of weights, trainable or not, tied ones once, the adapter's included."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    def digest(self) -> str:
+        """Name of the function that the model computes now: changes if and only if a weight changes."""
+        trained = weights_digest(self.parameters())
+        if self.adapter is None:
+            return trained
+        scale = f"{self.adapter.lora_alpha}/{self.adapter.r}"
+        return hashlib.sha256(f"{self.base_digest}+{trained}*{scale}".encode()).hexdigest()
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """A copy of the trainable weights."""
+        return {name: p.detach().clone() for name, p in self.parameters().items()}
+
+    @contextmanager
+    def swapped(self, snapshot: Mapping[str, Tensor]) -> Iterator[None]:
+        """Compute with the weights of `snapshot`, without gradients: a reference model that shares the base.
+
+        Storage is exchanged, nothing is copied, and the weights come back exactly, after an exception too. A graph
+        built before may be used for `backward` afterwards, not inside.
+        """
+        live = self.parameters()
+        if live.keys() != snapshot.keys():
+            raise ValueError("the snapshot is of another model: its weights have other names")
+        kept = {name: p.data for name, p in live.items()}
+        try:
+            for name, p in live.items():
+                p.data = snapshot[name]
+            with torch.no_grad():
+                yield
+        finally:
+            for name, p in live.items():
+                p.data = kept[name]
+
+    @contextmanager
+    def adapter_dropout(self) -> Iterator[None]:
+        """Let the adapter's dropout fire; the base's never does. Nothing happens where its rate is 0."""
+        drops = [
+            m for n, m in self.model.named_modules() if ".lora_dropout." in n and isinstance(m, nn.Dropout)
+        ]
+        try:
+            for module in drops:
+                module.train()
+            yield
+        finally:
+            for module in drops:
+                module.eval()
+
+    @cached_property
+    def context(self) -> int:
+        """Longest sequence the model has positions for, in tokens."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return int(limit or self.tokenizer.model_max_length)
+
+    @cached_property
+    def eos_ids(self) -> frozenset[int]:
+        """Tokens that end an answer: the generation config's, the tokenizer's, and the chat template's end of turn."""
+        declared = self.model.generation_config.eos_token_id
+        ids = declared if isinstance(declared, list) else [declared]
+        return frozenset(
+            i for i in (*ids, self.tokenizer.eos_token_id, end_of_turn(self.tokenizer)) if i is not None
+        )
+
+    def save(self, folder: str | Path) -> Artifact:
+        """Write `folder` in one step: an adapter in PEFT's format, or the whole model; safetensors, with tokenizer.
+
+        Either loads in plain Transformers/PEFT. A folder that already holds these weights is left as it is; one
+        that holds something else is never overwritten.
+
+        Raises:
+            UserError: `folder` is taken or cannot be written.
+        """
+        folder, digest = Path(folder), self.digest()
+        artifact = Artifact("model" if self.adapter is None else "adapter", folder, digest)
+        if folder.is_dir() and any(folder.iterdir()):
+            if _record(folder).get("digest") == digest:
+                return artifact
+            raise UserError(f"{folder}: holds something else already; name another folder or remove this one")
+        with staged(folder) as work:
+            if isinstance(self.model, PeftModel):
+                _save_adapter(self.model, work)
+            else:
+                self.model.save_pretrained(work)
+            self.tokenizer.save_pretrained(work)
+            record = {
+                "source": self.source,
+                "revision": self.revision,
+                "base_digest": self.base_digest,
+                "digest": digest,
+            }
+            (work / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        return artifact
+
+
+def attach(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    source: str,
+    revision: str | None = None,
+    base_digest: str | None = None,
+    adapter: Lora | None = None,
+    seed: int = 0,
+) -> Policy:
+    """A policy around a loaded model: every weight trainable, or a fresh adapter that changes nothing yet (B = 0).
+
+    `seed` fixes the adapter's A; the global random state is left as it was.
+
+    Raises:
+        UserError: `adapter.targets` names a layer that the model does not have.
+    """
+    model = model.eval()
+    digest = base_digest or weights_digest(dict(model.named_parameters()))
+    if adapter is None:
+        return Policy(model.requires_grad_(True), tokenizer, source, digest, revision)
+    targets, transposed = _targets(model, adapter)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=adapter.r,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=targets,
+        fan_in_fan_out=transposed,
+        revision=revision,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Policy(get_peft_model(model, config).eval(), tokenizer, source, digest, revision)
+
+
+def load(
+    source: str,
+    *,
+    adapter: Lora | None = None,
+    dtype: str = "float32",
+    revision: str | None = None,
+    chat_template: str | None = None,
+    seed: int = 0,
+    attn_implementation: str = "sdpa",
+) -> Policy:
+    """The policy that `source` names.
+
+    Args:
+        source: what `resolve` takes, or a folder that `Policy.save` (or PEFT) wrote. A saved adapter is loaded
+            onto its base and stays trainable; `adapter`, if given, must then describe it.
+        adapter: train a low-rank adapter in place of all weights.
+        dtype: precision of the weights. An adapter on bfloat16 weights is float32.
+        chat_template: `chatml` or a Jinja file, in place of the model's own.
+        seed: of the adapter's first values.
+
+    Raises:
+        UserError: the source cannot be had or used; the base of an adapter changed; the template has no end of
+            turn in this vocabulary.
+    """
+    folder = resolve(source, revision)
+    saved = folder if (folder / "adapter_config.json").is_file() else None
+    if saved is None:
+        base, origin = folder, source
+    else:
+        origin, revision = _base_of(saved)
+        base = resolve(origin, revision)
+    if Path(origin).expanduser().exists():
+        origin = str(Path(origin).expanduser().resolve())
+    with _explained(base):
+        model = AutoModelForCausalLM.from_pretrained(
+            base, dtype=getattr(torch, dtype), attn_implementation=attn_implementation, use_safetensors=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(
+            saved if saved and (saved / "tokenizer.json").is_file() else base
+        )
+    if not Path(origin).exists() and not origin.startswith("pip:"):
+        model.name_or_path = origin  # a hub id: what a saved adapter names as its base
+    if chat_template is not None:
+        _set_template(tokenizer, chat_template)
+    if saved is None:
+        return attach(model, tokenizer, source=origin, revision=revision, adapter=adapter, seed=seed)
+    digest = weights_digest(dict(model.named_parameters()))
+    recorded = _record(saved).get("base_digest")
+    if recorded is not None and recorded != digest and dtype == _record(saved).get("dtype"):
+        raise UserError(f"{saved}: was trained on other weights than {origin} now holds; restore that base")
+    with _explained(saved):
+        peft = PeftModel.from_pretrained(model, str(saved), is_trainable=True).eval()
+    policy = Policy(peft, tokenizer, origin, digest, revision)
+    if adapter is not None:
+        _refuse_other_adapter(policy, adapter, saved)
+    return policy
+
+
+def merge(policy: Policy, tolerance: float = 1e-3) -> Policy:
+    """Fold the adapter into a copy of the weights: the same function without an adapter, under a new digest.
+
+    Raises:
+        UserError: some log-probability on the probe texts moves by more than `tolerance` nats, as it does where
+            the update is rounded away in bfloat16.
+    """
+    if not isinstance(policy.model, PeftModel):
+        raise UserError(f"{policy.source}: has no adapter to merge")
+    merged = copy.deepcopy(policy.model).merge_and_unload().eval().requires_grad_(True)
+    worst = 0.0
+    for text in PROBES:
+        ids_1T = torch.tensor([policy.tokenizer(text)["input_ids"][: policy.context]], device=merged.device)
+        with torch.no_grad():
+            before, after = (m(ids_1T).logits.double().log_softmax(-1) for m in (policy.model, merged))
+        worst = max(worst, float((before - after).abs().max()))
+    if not worst <= tolerance:
+        raise UserError(
+            f"{policy.source}: merging moves log-probabilities by up to {worst:.2g} nats (allowed: {tolerance:.2g}); "
+            "load the model with dtype float32 and merge there, or keep the adapter"
+        )
+    return attach(merged, policy.tokenizer, source=policy.source, revision=policy.revision)
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that the chat template writes right after an assistant's answer; None if there is none."""
+    if not tokenizer.chat_template:
+        return None
+    answer = "posttrain-answer"
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # a template may ask for anything: tools, a system turn, other content types
+        return None
+    tail = tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return next((i for i in tail if i in special), None)
+
+
+def _set_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    if template == "chatml":
+        text = CHATML
+    else:
+        path = Path(template).expanduser()
+        if not path.is_file():
+            raise UserError(f"chat template {template!r}: neither `chatml` nor a file")
+        text = path.read_text(encoding="utf-8")
+    tokenizer.chat_template = text
+    if end_of_turn(tokenizer) is None:
+        raise UserError(
+            f"chat template {template!r}: ends an assistant's turn with no special token of this model's vocabulary, "
+            "so the model could never learn to stop; end the turn with one of "
+            + ", ".join(repr(t) for t in tokenizer.all_special_tokens[:8])
+        )
+
+
+def _targets(model: PreTrainedModel, adapter: Lora) -> tuple[list[str], bool]:
+    """Names of the layers that get an adapter, and whether they keep their weights transposed as GPT-2's do."""
+    head = model.get_output_embeddings()
+    linear = {
+        name.rpartition(".")[2]: isinstance(module, Conv1D)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
+    names = sorted(linear) if adapter.targets == "all-linear" else list(adapter.targets)
+    unknown = [name for name in names if name not in linear]
+    if unknown:
+        raise UserError(
+            f"adapter.targets: no linear layer {', '.join(map(repr, unknown))} in this {model.config.model_type} model; "
+            f"there are {', '.join(sorted(linear))}"
+        )
+    return names, linear[names[0]]
+
+
+def _save_adapter(model: PeftModel, folder: Path) -> None:
+    # False: the base's embeddings are never trained here, and the test for that would ask the hub.
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's form to fill in
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["target_modules"] = sorted(
+        config["target_modules"]
+    )  # a set: its order would change from run to run
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    path = folder / RECORD
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _base_of(saved: Path) -> tuple[str, str | None]:
+    record = _record(saved)
+    if record:
+        return record["source"], record["revision"]
+    config = PeftConfig.from_pretrained(str(saved))
+    if not config.base_model_name_or_path:
+        raise UserError(f"{saved}/adapter_config.json: does not name its base; set base_model_name_or_path")
+    return config.base_model_name_or_path, config.revision
+
+
+def _refuse_other_adapter(policy: Policy, asked: Lora, saved: Path) -> None:
+    has = policy.adapter
+    assert has is not None
+    targets = _targets(policy.model.get_base_model(), asked)[0]
+    if (has.r, has.lora_alpha, set(has.target_modules)) != (asked.r, asked.alpha, set(targets)):
+        raise UserError(
+            f"{saved}: its adapter has r={has.r}, alpha={has.lora_alpha}, targets {', '.join(sorted(has.target_modules))}; "
+            "ask for the same, leave `adapter` out, or merge it first"
+        )
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """What the loaders raise on broken files, said as the user's error it is."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{folder}: cannot be loaded ({str(error).strip().splitlines()[0]})") from error
