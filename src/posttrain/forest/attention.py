@@ -53,9 +53,7 @@ def _attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     if dropout:
-        raise ValueError(
-            "attention dropout is on: put the model in eval mode (posttrain trains without dropout)"
-        )
+        raise ValueError("attention dropout is on: put the model in eval mode (posttrain trains without dropout)")
     out = layout.attend(
         int(module.layer_idx),  # type: ignore[arg-type]
         query,
@@ -150,7 +148,7 @@ def _take(x: Tensor, spans: list[tuple[int, int]]) -> Tensor:
 
 def decoder(model: torch.nn.Module) -> PreTrainedModel:
     """The causal language model itself, without the adapter's wrapper around it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[return-value, operator]
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
 def unsupported(model: torch.nn.Module) -> str | None:

@@ -92,15 +92,11 @@ def unrolled_logprobs(model: torch.nn.Module, forest: Forest, temperature: float
         new_L[0] = False
         done_T[at_L] = True
         hidden_LD = (
-            decoder(model)
-            .get_decoder()(input_ids=forest.ids_T[at_L][None], use_cache=False)
-            .last_hidden_state[0]
+            decoder(model).get_decoder()(input_ids=forest.ids_T[at_L][None], use_cache=False).last_hidden_state[0]
         )
         at_N = at_L[new_L]
         before_N = new_L.nonzero().squeeze(1) - 1
-        part_T = _scatter(
-            _gather(model, hidden_LD[before_N], forest.ids_T[at_N], temperature), at_N, len(forest)
-        )
+        part_T = _scatter(_gather(model, hidden_LD[before_N], forest.ids_T[at_N], temperature), at_N, len(forest))
         logps_T = part_T if logps_T is None else logps_T + part_T
     assert logps_T is not None
     return logps_T

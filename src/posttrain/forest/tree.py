@@ -172,7 +172,8 @@ def split(rows: Sequence[Row], units: Sequence[tuple[int, ...]], budget: int) ->
     """
     order = sorted(range(len(units)), key=lambda u: rows[units[u][0]].context)
     packs: list[list[int]] = []
-    used, context = 0, ()
+    used = 0
+    context: tuple[int, ...] = ()
     for u in order:
         size = sum(len(rows[i].completion) for i in units[u])
         new = len(rows[units[u][0]].context)
