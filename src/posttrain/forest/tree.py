@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -128,33 +127,32 @@ def pack(rows: Sequence[Row]) -> Forest:
         return len(nodes) - 1
 
     def branch(members: list[int], start: int, parent: int) -> None:
-        """Rows whose contexts agree up to `start`, which `parent` ends at. Members are sorted by context."""
-        shared = _agree(rows[members[0]].context, rows[members[-1]].context, start)
-        alone = rows[members[0]].context == rows[members[-1]].context
-        if shared > start and (alone or shared - start >= MIN_SHARED):
-            context = rows[members[0]].context[start:shared]
-            parent, start = add(context, [False] * len(context), parent), shared
-        if alone:
-            for i in members:
-                leaves[i] = add(rows[i].completion, rows[i].target, parent)
-            return
-        if shared - start > 0:  # too short to share: every context goes its own way from here
-            groups = [list(g) for _, g in groupby(members, key=lambda i: rows[i].context)]
-        else:
-            groups = [list(g) for _, g in groupby(members, key=lambda i: rows[i].context[start : start + 1])]
-            groups = [part for group in groups for part in _worth(group, start)]
-        for group in groups:
-            branch(group, start, parent)
+        """Rows sorted by context, whose contexts agree up to `start`, which is where segment `parent` ends."""
+        for run in _runs(rows, members, start):
+            first, last = rows[run[0]].context, rows[run[-1]].context
+            shared = _agree(first, last, start)
+            here = add(first[start:shared], [False] * (shared - start), parent) if shared > start else parent
+            if first == last:
+                for i in run:
+                    leaves[i] = add(rows[i].completion, rows[i].target, here)
+            else:
+                branch(run, shared, here)
 
-    def _worth(group: list[int], start: int) -> list[list[int]]:
-        """The group as it is if its contexts share enough from `start` on, else one part for each context."""
-        if _agree(rows[group[0]].context, rows[group[-1]].context, start) - start >= MIN_SHARED:
-            return [group]
-        return [list(g) for _, g in groupby(group, key=lambda i: rows[i].context)]
-
-    if rows:
-        branch(sorted(range(len(rows)), key=lambda i: rows[i].context), 0, -1)
+    branch(sorted(range(len(rows)), key=lambda i: rows[i].context), 0, -1)
     return grow(nodes, leaves)
+
+
+def _runs(rows: Sequence[Row], members: list[int], start: int) -> list[list[int]]:
+    """Sorted members, cut where neighbours differ and agree for fewer than `MIN_SHARED` tokens after `start`."""
+    runs: list[list[int]] = []
+    for i in members:
+        before = rows[runs[-1][-1]].context if runs else None
+        context = rows[i].context
+        if before is not None and (before == context or _agree(before, context, start) - start >= MIN_SHARED):
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    return runs
 
 
 def _agree(a: Sequence[int], b: Sequence[int], start: int) -> int:
@@ -167,7 +165,7 @@ def _agree(a: Sequence[int], b: Sequence[int], start: int) -> int:
 def split(rows: Sequence[Row], units: Sequence[tuple[int, ...]], budget: int) -> list[list[int]]:
     """Indices of `units` in packs of at most about `budget` tokens, units with like contexts together.
 
-    A unit is a tuple of row indices that must share a forward pass (the two rows of a pair). A unit over the
+    A unit is a tuple of row indices, of one context, that must share a forward pass (the two rows of a pair). A unit over the
     budget gets a pack of its own. Only speed and memory depend on the result.
     """
     order = sorted(range(len(units)), key=lambda u: rows[units[u][0]].context)
@@ -175,15 +173,14 @@ def split(rows: Sequence[Row], units: Sequence[tuple[int, ...]], budget: int) ->
     used = 0
     context: tuple[int, ...] = ()
     for u in order:
-        size = sum(len(rows[i].completion) for i in units[u])
-        new = len(rows[units[u][0]].context)
-        shared = _agree(context, rows[units[u][0]].context, 0)
-        size_here = size + new - (shared if shared >= MIN_SHARED or shared == new else 0)
-        if packs and used + size_here <= budget:
+        before, context = context, rows[units[u][0]].context
+        whole = len(context) + sum(len(rows[i].completion) for i in units[u])
+        shared = _agree(before, context, 0)
+        added = whole - shared if shared >= MIN_SHARED else whole
+        if packs and used + added <= budget:
             packs[-1].append(u)
-            used += size_here
+            used += added
         else:
             packs.append([u])
-            used = size + new
-        context = rows[units[u][-1]].context
+            used = whole
     return packs
