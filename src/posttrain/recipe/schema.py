@@ -8,13 +8,23 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 SCHEMA_VERSION = 1
 
+GREEDY_GROUP = "must be above 0: at 0 the completions of a prompt are all the same, and nothing is learned"
+
+
+class Misfit(ValueError):
+    """Keys that are right by themselves and wrong together: (path below this block, what) for each problem."""
+
+    def __init__(self, *problems: tuple[tuple[str | int, ...], str]) -> None:
+        super().__init__("; ".join(what for _, what in problems))
+        self.problems = problems
+
 
 class Block(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
 
 class Lora(Block):
@@ -48,6 +58,12 @@ class Source(Block):
     config: dict[str, Any] = Field(default_factory=dict, description="A generator's own parameters.")
     split: str = Field("train", description="Split of a hub data set.")
     shape: str | None = Field(None, description="Name of the row shape, where detection should not decide.")
+
+    @model_validator(mode="after")
+    def _generator_ends(self) -> Source:
+        if self.source.startswith("reasoning_gym/") and self.rows is None:
+            raise Misfit((("rows",), "missing; a generator never ends, say how many rows to take"))
+        return self
 
 
 class Data(Block):
@@ -98,22 +114,35 @@ class StageBase(Block):
         "stop", description="On a NaN or infinite loss or gradient: stop the run, or skip the step and count it."
     )
 
+    @field_validator("optim")
+    @classmethod
+    def _own_defaults(cls, optim: Optim) -> Optim:
+        """A partly written block keeps this kind's defaults, not those of `Optim`."""
+        own = cls.model_fields["optim"].get_default(call_default_factory=True)
+        return optim.model_copy(update={k: getattr(own, k) for k in own.model_fields_set - optim.model_fields_set})
+
 
 class Sft(StageBase):
     """Supervised fine-tuning: negative log-likelihood of the assistant's tokens, per target token of the step."""
 
-    kind: Literal["sft"]
+    kind: Literal["sft"] = Field(description="The method.")
 
 
 class PairSampling(Sampling):
     n: int = Field(8, ge=2, description="Completions per prompt, ranked by the verifier.")
     prompts: int = Field(ge=1, description="How many prompts to sample for before training.")
 
+    @model_validator(mode="after")
+    def _completions_differ(self) -> PairSampling:
+        if self.temperature == 0:
+            raise Misfit((("temperature",), GREEDY_GROUP))
+        return self
+
 
 class Dpo(StageBase):
     """Direct preference optimisation (Rafailov et al., 2305.18290) against the stage's own starting point."""
 
-    kind: Literal["dpo"]
+    kind: Literal["dpo"] = Field(description="The method.")
     optim: Optim = Field(default_factory=lambda: Optim(lr=5e-5), description="Optimiser and its schedule.")
     beta: float = Field(0.1, gt=0, description="Strength of the pull towards the reference.")
     label_smoothing: float = Field(
@@ -123,15 +152,16 @@ class Dpo(StageBase):
         0.0, ge=0, description="Weight of the chosen answer's per-token NLL (RPO, 2404.19733); guards its probability."
     )
     on_policy: PairSampling | None = Field(
-        None, description="Sample pairs from the stage's starting model and rank them with the task's verifier; "
-        "without it the data must hold pairs."
+        None,
+        description="Sample pairs from the stage's starting model and rank them with the task's verifier; "
+        "without it the data must hold pairs.",
     )
 
 
 class Grpo(StageBase):
     """Group-relative policy optimisation (Shao et al., 2402.03300) with a verifier's reward."""
 
-    kind: Literal["grpo"]
+    kind: Literal["grpo"] = Field(description="The method.")
     optim: Optim = Field(
         default_factory=lambda: Optim(lr=5e-5, schedule="constant"), description="Optimiser and its schedule."
     )
@@ -143,22 +173,32 @@ class Grpo(StageBase):
     )
     std_eps: float = Field(1e-4, gt=0, description="Added to that deviation (which is the unbiased, n - 1, one).")
     aggregate: Literal["token", "sequence", "constant"] = Field(
-        "token", description="Mean over the step's tokens (DAPO), mean over sequences of their means (GRPO), "
-        "or sum over sequences divided by max_new_tokens (Dr. GRPO)."
+        "token",
+        description="Mean over the step's tokens (DAPO), mean over sequences of their means (GRPO), "
+        "or sum over sequences divided by max_new_tokens (Dr. GRPO).",
     )
     ratio: Literal["token", "sequence"] = Field(
         "token", description="Importance ratio per token, or one per sequence, its geometric mean (GSPO, 2507.18071)."
     )
     clip_low: float = Field(0.2, ge=0, lt=1, description="Ratio is clipped below at 1 - clip_low.")
     clip_high: float = Field(0.2, ge=0, description="... and above at 1 + clip_high (clip-higher: 0.28).")
-    ratio_cap: float | None = Field(None, gt=1, description="Cap on the ratio where the advantage is negative (dual clip).")
+    ratio_cap: float | None = Field(
+        None, gt=1, description="Cap on the ratio where the advantage is negative (dual clip)."
+    )
     kl_weight: float = Field(0.0, ge=0, description="Weight of the KL penalty towards the stage's starting model.")
     kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="Schulman's estimators of that KL.")
     importance: Literal["truncate", "mask", "none"] = Field(
-        "truncate", description="Correction for sampler and trainer disagreeing: weight exp(trainer - sampler) "
-        "cut at importance_cap, or dropped above it."
+        "truncate",
+        description="Correction for sampler and trainer disagreeing: weight exp(trainer - sampler) "
+        "cut at importance_cap, or dropped above it.",
     )
     importance_cap: float = Field(2.0, gt=1, description="Largest such weight.")
+
+    @model_validator(mode="after")
+    def _completions_differ(self) -> Grpo:
+        if self.sampling.temperature == 0:
+            raise Misfit((("sampling", "temperature"), GREEDY_GROUP))
+        return self
 
 
 Stage = Annotated[Sft | Dpo | Grpo, Field(discriminator="kind")]
@@ -197,16 +237,16 @@ class Gate(Block):
     )
     at_least: float | None = Field(None, description="Lowest value that passes.")
     at_most: float | None = Field(None, description="Highest value that passes.")
-    sure: bool = Field(
-        False, description="Compare the worse end of the 95 % interval in place of the estimate itself."
-    )
+    sure: bool = Field(False, description="Compare the worse end of the 95 % interval in place of the estimate itself.")
 
     @model_validator(mode="after")
     def _bounded(self) -> Gate:
         if self.at_least is None and self.at_most is None:
-            raise ValueError("a gate needs at_least or at_most")
+            raise Misfit(((), "a gate needs at_least or at_most"))
+        if self.at_least is not None and self.at_most is not None and self.at_least > self.at_most:
+            raise Misfit((("at_least",), f"{self.at_least} is above at_most, {self.at_most}: nothing passes"))
         if (self.suite == "retention") != (self.measure == "kl"):
-            raise ValueError("measure kl goes with suite retention, and only with it")
+            raise Misfit((("measure",), "measure kl goes with suite retention, and only with it"))
         return self
 
 
@@ -221,18 +261,26 @@ class Recipe(Block):
 
     @model_validator(mode="after")
     def _names_resolve(self) -> Recipe:
-        seen: list[str] = []
-        for stage in self.stages:
-            if stage.id in {*seen, "base"}:
-                raise ValueError(f"stage id {stage.id!r} is taken; give each stage its own (and not 'base')")
-            if stage.from_ is not None and stage.from_ not in {*seen, "base"}:
-                raise ValueError(f"stage {stage.id!r}: from: {stage.from_!r} names no earlier stage ({', '.join(seen) or 'none'})")
-            seen.append(stage.id)
-        suites = [s.id for s in self.evals.suites]
-        if len(set(suites)) < len(suites) or "retention" in suites:
-            raise ValueError("suite ids must differ, and `retention` is taken")
-        known = {*suites, *(["retention"] if self.evals.retention else [])}
-        for gate in self.gates:
+        problems: list[tuple[tuple[str | int, ...], str]] = []
+        stages: list[str] = []
+        for i, stage in enumerate(self.stages):
+            if stage.id in ("base", *stages):
+                problems.append((("stages", i, "id"), f"{stage.id!r} is taken; give each stage its own (not 'base')"))
+            if stage.from_ is not None and stage.from_ not in ("base", *stages):
+                earlier = ", ".join(("base", *stages))
+                problems.append((("stages", i, "from"), f"{stage.from_!r} is no earlier stage (these are: {earlier})"))
+            stages.append(stage.id)
+        suites: list[str] = []
+        for i, suite in enumerate(self.evals.suites):
+            if suite.id in ("retention", *suites):
+                where = ("evals", "suites", i, "id")
+                problems.append((where, f"{suite.id!r} is taken; give each suite its own (not 'retention')"))
+            suites.append(suite.id)
+        known = [*suites, *(["retention"] if self.evals.retention else [])]
+        for i, gate in enumerate(self.gates):
             if gate.suite not in known:
-                raise ValueError(f"gate on {gate.suite!r}: no such suite ({', '.join(sorted(known)) or 'none'})")
+                there = ", ".join(known) or "none"
+                problems.append((("gates", i, "suite"), f"no suite {gate.suite!r} under evals (there are: {there})"))
+        if problems:
+            raise Misfit(*problems)
         return self
