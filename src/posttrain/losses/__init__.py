@@ -1,0 +1,55 @@
+"""Losses: pure functions, tensors in, one value per token or pair out; `reduce` alone turns them into a scalar.
+
+Shapes: T tokens of a packed row, S sequences, P pairs. `target_T` (bool) marks the tokens that carry loss,
+`sequence_T` (long) names the sequence each belongs to. Log-probs are in nats, float32; float64 stays float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from posttrain.losses.kl import kl
+from posttrain.losses.policy import clipped_share, importance, policy_gradient, ratio
+from posttrain.losses.preference import dpo
+from posttrain.losses.reduce import Counts, reduce_pairs, reduce_tokens, segment_sum
+from posttrain.losses.sft import nll
+
+__all__ = [
+    "TABLE",
+    "Counts",
+    "Entry",
+    "clipped_share",
+    "dpo",
+    "importance",
+    "kl",
+    "nll",
+    "policy_gradient",
+    "ratio",
+    "reduce_pairs",
+    "reduce_tokens",
+    "segment_sum",
+]
+
+
+class Entry(NamedTuple):
+    function: Callable[..., Tensor]
+    summary: str
+    paper: str
+
+
+TABLE: dict[str, Entry] = {
+    "nll": Entry(nll, "Negative log-likelihood of each target token", "maximum likelihood"),
+    "dpo": Entry(
+        dpo, "Preference pairs against a frozen reference; cDPO with label smoothing", "Rafailov et al., 2305.18290"
+    ),
+    "policy_gradient": Entry(
+        policy_gradient,
+        "Clipped policy gradient of PPO and GRPO; GSPO with one ratio per sequence",
+        "Shao et al., 2402.03300",
+    ),
+    "kl": Entry(kl, "Penalty for leaving the reference: estimators k1, k2, k3", "Schulman 2020"),
+}
+"""What `posttrain losses` lists."""

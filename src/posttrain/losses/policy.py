@@ -1,0 +1,127 @@
+"""Policy gradients from sampled completions: importance ratios, clipping, and the sampler's correction.
+
+Every exponential here is of a log-ratio that is 0 at tokens without loss and lies within +-20 elsewhere. The bound is
+ours, not the papers': e^20 is far outside any clip range, and without it float32 overflows to inf at e^88.8, whose
+gradient through a clip is 0 * inf = NaN. Beyond the bound the ratio is constant, so its gradient is 0.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from posttrain.losses.reduce import Counts, masked, reduce_tokens, sequence_mean
+
+Level = Literal["token", "sequence"]
+MAX_LOG_RATIO = 20.0
+
+
+def log_ratio(logps_T: Tensor, other_logps_T: Tensor, target_T: Tensor) -> Tensor:
+    """`logps_T - other_logps_T` at target tokens and 0 elsewhere; `other_logps_T` is a constant."""
+    return masked(logps_T, target_T) - masked(other_logps_T.detach(), target_T)
+
+
+def ratio(logps_T: Tensor, old_logps_T: Tensor, target_T: Tensor, sequence_T: Tensor, level: Level = "token") -> Tensor:
+    """`ratio_T`, pi / pi_old at target tokens and 1 elsewhere. The gradient flows through `logps_T` alone.
+
+    `token`: each token's own. `sequence`: the geometric mean over the sequence's target tokens, one number that all
+    of them carry (GSPO, Zheng et al., 2507.18071). Passing `logps_T` as `old_logps_T` too means exactly on-policy:
+    the value is 1, its gradient that of log pi.
+    """
+    log_T = log_ratio(logps_T, old_logps_T, target_T)
+    if level == "sequence":
+        mean_S, index_T = sequence_mean(log_T, target_T, sequence_T)
+        log_T = masked(mean_S[index_T], target_T)
+    elif level != "token":
+        raise ValueError(f"ratio: level is token or sequence, not {level!r}")
+    return log_T.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def _bounds(
+    advantages_T: Tensor, clip_low: float | None, clip_high: float | None, ratio_cap: float | None
+) -> tuple[Tensor, Tensor]:
+    """`lower_T, upper_T`: the range outside which the ratio of a token carries no gradient.
+
+    min(w A, clip(w, 1 - low, 1 + high) A) only ever binds on one side: above for A > 0, below for A < 0; the dual
+    clip then bounds A < 0 from above. Hence one clamp per token in place of nested minima.
+    """
+    negative_T = advantages_T < 0
+    lower = 0.0 if clip_low is None else 1 - clip_low
+    upper = math.inf if clip_high is None else 1 + clip_high
+    lower_T = torch.zeros_like(advantages_T).masked_fill(negative_T, lower)
+    upper_T = torch.full_like(advantages_T, upper).masked_fill(negative_T, math.inf if ratio_cap is None else ratio_cap)
+    return lower_T, upper_T
+
+
+def policy_gradient(
+    logps_T: Tensor,
+    old_logps_T: Tensor,
+    advantages_T: Tensor,
+    target_T: Tensor,
+    sequence_T: Tensor,
+    *,
+    clip_low: float | None = 0.2,
+    clip_high: float | None = 0.2,
+    ratio_cap: float | None = None,
+    level: Level = "token",
+) -> Tensor:
+    """`loss_T`, the clipped surrogate -min(w A, clip(w, 1 - clip_low, 1 + clip_high) A) of PPO (1707.06347).
+
+    It is what GRPO (2402.03300) minimises, per target token; 0 at other tokens. `clip_high` above `clip_low` is
+    clip-higher (DAPO, 2503.14476); None for both leaves the plain importance-weighted policy gradient. `ratio_cap`
+    is the dual clip (Ye et al., 1912.09729): the largest ratio where the advantage is negative; it never touches
+    positive advantages. `level` as in `ratio`. The reference-model penalty is apart, in `kl`.
+    """
+    advantages_T = masked(advantages_T.detach(), target_T)
+    ratio_T = ratio(logps_T, old_logps_T, target_T, sequence_T, level)
+    return -advantages_T * ratio_T.clamp(*_bounds(advantages_T, clip_low, clip_high, ratio_cap))
+
+
+@torch.no_grad()
+def clipped_share(
+    logps_T: Tensor,
+    old_logps_T: Tensor,
+    advantages_T: Tensor,
+    target_T: Tensor,
+    sequence_T: Tensor,
+    counts: Counts,
+    *,
+    clip_low: float | None = 0.2,
+    clip_high: float | None = 0.2,
+    ratio_cap: float | None = None,
+    level: Level = "token",
+) -> Tensor:
+    """This micro-batch's part of the share of the step's target tokens whose gradient `policy_gradient` cuts off."""
+    advantages_T = masked(advantages_T, target_T)
+    ratio_T = ratio(logps_T, old_logps_T, target_T, sequence_T, level)
+    lower_T, upper_T = _bounds(advantages_T, clip_low, clip_high, ratio_cap)
+    clipped_T = (advantages_T != 0) & ((ratio_T < lower_T) | (ratio_T > upper_T))
+    return reduce_tokens(clipped_T.to(ratio_T.dtype), target_T, counts)
+
+
+@torch.no_grad()
+def importance(
+    logps_T: Tensor,
+    sampler_logps_T: Tensor,
+    target_T: Tensor,
+    *,
+    how: Literal["truncate", "mask", "none"] = "truncate",
+    cap: float = 2.0,
+) -> Tensor:
+    """`weight_T`, a constant factor for the loss where sampler and trainer give one token different log-probs.
+
+    w = exp(logps - sampler_logps), `logps_T` being the trainer's under the weights that sampled. `truncate`:
+    min(w, cap) (Ionides 2008; applied to this mismatch by Yao et al. 2025). `mask`: w, and 0 where it is above the
+    cap. `none`: 1. Per token, as the per-token loss is; 1 at tokens without loss.
+    """
+    weight_T = log_ratio(logps_T, sampler_logps_T, target_T).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    if how == "truncate":
+        return weight_T.clamp(max=cap)
+    if how == "mask":
+        return weight_T.masked_fill(weight_T > cap, 0.0)
+    if how == "none":
+        return torch.ones_like(weight_T)
+    raise ValueError(f"importance: how is truncate, mask or none, not {how!r}")

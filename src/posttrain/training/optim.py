@@ -1,0 +1,108 @@
+"""AdamW, its learning rate and its state as plain named tensors, and gradient clipping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from posttrain.recipe.schema import Optim
+from posttrain.records import UserError
+
+FUSED_DEVICES = {"cpu", "cuda"}
+
+
+def adamw(named_parameters: Iterable[tuple[str, Parameter]], optim: Optim) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter, 1711.05101) over the parameters that require a gradient.
+
+    Weight decay applies to matrices, not to norms and biases (fewer than two dimensions).
+    """
+    trained = [(name, p) for name, p in named_parameters if p.requires_grad]
+    if not trained:
+        raise UserError("no parameter requires a gradient: the model is frozen; add an adapter or unfreeze it")
+    groups = [
+        {"params": [(name, p) for name, p in trained if p.ndim >= 2], "weight_decay": optim.weight_decay},
+        {"params": [(name, p) for name, p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    fused = all(p.device.type in FUSED_DEVICES for _, p in trained)
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused
+    )
+
+
+def learning_rate(step: int, steps: int, optim: Optim) -> float:
+    """The rate of step `step` (from 0) of `steps`.
+
+    It rises linearly over the warm-up share of the steps, reaches the peak at the first step after them, and decays
+    so as to be zero at `steps`, just past the last one: no step has rate zero.
+    """
+    if not 0 <= step < steps:
+        raise ValueError(f"learning_rate: step {step} is not among {steps} steps")
+    warmup = min(round(optim.warmup * steps), steps - 1)
+    if step < warmup:
+        return optim.lr * (step + 1) / (warmup + 1)
+    done = (step - warmup) / (steps - warmup)
+    if optim.schedule == "linear":
+        return optim.lr * (1 - done)
+    if optim.schedule == "cosine":
+        return optim.lr * (1 + math.cos(math.pi * done)) / 2
+    return optim.lr
+
+
+def clip(parameters: Iterable[Parameter], max_norm: float | None) -> Tensor:
+    """Scale the gradients in place so that their global 2-norm is at most `max_norm`; return the norm before.
+
+    With a norm of NaN or inf the gradients stay as they are: scaling by it would turn them to 0 or NaN and hide what
+    was wrong. The caller checks the norm before it steps.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    device = gradients[0].device
+    norms = [
+        torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)).to(device) for g in gradients
+    ]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    if max_norm is not None and norm.isfinite() and norm > max_norm:
+        torch._foreach_mul_(gradients, (max_norm / norm).item())
+    return norm
+
+
+def _named(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Parameter]]:
+    """Names and parameters in the order in which the optimiser numbers them."""
+    for group in optimizer.param_groups:
+        yield from zip(group["param_names"], group["params"], strict=True)
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state as `NAME/KEY` (`lm_head.weight/exp_avg`), step counters included; not copied.
+
+    The optimiser must know its parameters' names, as `adamw` makes it. Hyperparameters are the recipe's, not state.
+    """
+    return {
+        f"{name}/{key}": value
+        for name, parameter in _named(optimizer)
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put the state of `state_tensors` back; the optimiser takes the tensors over.
+
+    State of a parameter that the optimiser does not have, or has in another shape, raises UserError.
+    """
+    numbers = {name: (number, parameter) for number, (name, parameter) in enumerate(_named(optimizer))}
+    state: dict[int, dict[str, Tensor]] = {}
+    for path, value in tensors.items():
+        name, _, key = path.rpartition("/")
+        if name not in numbers or (value.ndim and value.shape != numbers[name][1].shape):
+            found = f"shape {tuple(numbers[name][1].shape)}" if name in numbers else "no such parameter"
+            raise UserError(
+                f"optimiser state {path!r} of shape {tuple(value.shape)} does not fit the model ({found}): the "
+                "checkpoint is of another model or adapter; start the run in another folder"
+            )
+        state.setdefault(numbers[name][0], {})[key] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
