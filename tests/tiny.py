@@ -14,8 +14,8 @@ from posttrain.models.policy import Policy, attach
 from posttrain.recipe.schema import Lora
 
 CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 LINES = (
     "What is the sum of 12 and 30? The answer is 42.",
@@ -37,7 +37,7 @@ ARCHS: dict[str, dict[str, Any]] = {
     "smollm3": {**_KV, "no_rope_layers": [1, 0]},
     "gpt2": {},
 }
-"""Architecture -> what its config needs beyond the common sizes. Mistral and both Gemmas slide over 8 tokens."""
+"""What each architecture's config needs beyond the common sizes. Mistral and both Gemmas slide over 8 tokens."""
 
 
 @cache
@@ -69,10 +69,10 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_model(
     arch: str = "llama", seed: int = 0, vocab: int = 320, dtype: torch.dtype = torch.float32, **config: Any
 ) -> PreTrainedModel:
-    """A random 2-layer model in eval mode: hidden 32, 4 heads (2 key-value heads where there are such), 256 positions.
+    """A random 2-layer model in eval mode: hidden 32, 4 heads (2 for keys and values), 256 positions.
 
-    `vocab` is above the tokenizer's size, as in many released models. `config` overrides config keys. The global
-    random state is left as it was.
+    `vocab` is above the tokenizer's size, as in many released models. `config` overrides config keys. The
+    global random state is left as it was.
     """
     settings: dict[str, Any] = {
         "vocab_size": vocab,
@@ -103,6 +103,4 @@ def tiny_policy(
 ) -> Policy:
     """A `Policy` around `tiny_model`: every weight trainable, or only those of `adapter`."""
     model = tiny_model(arch, seed=seed, dtype=dtype, **config)
-    return attach(
-        model, tiny_tokenizer(), source=f"tiny/{arch}", base_digest=f"tiny-{arch}-{seed}", adapter=adapter
-    )
+    return attach(model, tiny_tokenizer(), source=f"tiny/{arch}", base_digest=f"tiny-{arch}-{seed}", adapter=adapter)

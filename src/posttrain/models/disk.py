@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from posttrain.records import UserError
 
@@ -24,19 +27,19 @@ def staged(folder: Path) -> Iterator[Path]:
     work = folder.parent / f".{folder.name}.{os.getpid()}.part"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for stale in folder.parent.glob(f".{folder.name}.*.part"):
-            if stale == work or not _alive(int(stale.name.split(".")[-2])):
-                shutil.rmtree(stale)
+        for other in folder.parent.iterdir():
+            left = re.fullmatch(re.escape(f".{folder.name}.") + r"(\d+)\.part", other.name)
+            if left and (other == work or not _alive(int(left[1]))):
+                shutil.rmtree(other)
         work.mkdir()
         yield work
         for path in (*work.rglob("*"), work):
             _sync(path)
         os.replace(work, folder)
         _sync(folder.parent)
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be written ({error.strerror or error}); free the disk or name another place"
-        ) from error
+    except (OSError, SafetensorError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UserError(f"{folder}: cannot be written ({why}); mend that or name another place") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -48,9 +51,7 @@ def locked(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = path.open("a")
     except OSError as error:
-        raise UserError(
-            f"{path.parent}: cannot be written ({error.strerror}); set POSTTRAIN_CACHE"
-        ) from error
+        raise UserError(f"{path.parent}: cannot be written ({error.strerror}); set POSTTRAIN_CACHE") from error
     with handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

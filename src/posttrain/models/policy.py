@@ -1,4 +1,4 @@
-"""A model that is trained: its weights by name, their digest, and how they are loaded, swapped, saved and merged."""
+"""A model that is trained: its weights by name, their digest; load, swap, save, merge."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from posttrain.models.disk import staged
-from posttrain.models.source import resolve
+from posttrain.models.quiet import quiet
+from posttrain.models.source import is_hub_id, json_file, resolve
 from posttrain.recipe.schema import Lora
 from posttrain.records import Artifact, UserError
 
@@ -27,7 +28,8 @@ RECORD = "posttrain.json"
 """File beside saved weights that says where the base came from and what the digests are."""
 
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -45,7 +47,7 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
     for name in sorted(weights):
         tensor = weights[name].detach().cpu().contiguous()
         sha.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 
@@ -53,8 +55,8 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
 class Policy:
     """A causal language model and its tokenizer.
 
-    The model stays in eval mode, in training too: a policy whose dropout fires has no log-probabilities that a
-    sampler, a reference or a second pass could agree with. Only `adapter_dropout` switches anything on.
+    The model stays in eval mode, in training too: a policy whose dropout fires has no log-probabilities that
+    a sampler, a reference or a second pass could agree with. Only `adapter_dropout` switches anything on.
     """
 
     model: PreTrainedModel | PeftModel
@@ -62,8 +64,9 @@ class Policy:
     source: str
     """Where the base came from, in a form that `load` takes again."""
     base_digest: str
-    """Digest of the base's weights; equal to `digest()` before the first step where every weight is trained."""
+    """Digest of the base's weights; where all weights are trained, `digest()` before the first step."""
     revision: str | None = None
+    """Of the base, where `source` is a hub id."""
 
     @property
     def adapter(self) -> LoraConfig | None:
@@ -94,8 +97,8 @@ class Policy:
     def swapped(self, snapshot: Mapping[str, Tensor]) -> Iterator[None]:
         """Compute with the weights of `snapshot`, without gradients: a reference model that shares the base.
 
-        Storage is exchanged, nothing is copied, and the weights come back exactly, after an exception too. A graph
-        built before may be used for `backward` afterwards, not inside.
+        Storage is exchanged, nothing is copied, and the weights come back exactly, after an exception too.
+        A graph built before may be used for `backward` afterwards, not inside.
         """
         live = self.parameters()
         if live.keys() != snapshot.keys():
@@ -113,9 +116,7 @@ class Policy:
     @contextmanager
     def adapter_dropout(self) -> Iterator[None]:
         """Let the adapter's dropout fire; the base's never does. Nothing happens where its rate is 0."""
-        drops = [
-            m for n, m in self.model.named_modules() if ".lora_dropout." in n and isinstance(m, nn.Dropout)
-        ]
+        drops = [m for n, m in self.model.named_modules() if ".lora_dropout." in n and isinstance(m, nn.Dropout)]
         try:
             for module in drops:
                 module.train()
@@ -132,18 +133,16 @@ class Policy:
 
     @cached_property
     def eos_ids(self) -> frozenset[int]:
-        """Tokens that end an answer: the generation config's, the tokenizer's, and the chat template's end of turn."""
+        """Tokens that end an answer: the generation config's, the tokenizer's, the template's end of turn."""
         declared = self.model.generation_config.eos_token_id
         ids = declared if isinstance(declared, list) else [declared]
-        return frozenset(
-            i for i in (*ids, self.tokenizer.eos_token_id, end_of_turn(self.tokenizer)) if i is not None
-        )
+        return frozenset(i for i in (*ids, self.tokenizer.eos_token_id, end_of_turn(self.tokenizer)) if i is not None)
 
     def save(self, folder: str | Path) -> Artifact:
-        """Write `folder` in one step: an adapter in PEFT's format, or the whole model; safetensors, with tokenizer.
+        """Write `folder` in one step: an adapter in PEFT's format or the whole model, and the tokenizer.
 
-        Either loads in plain Transformers/PEFT. A folder that already holds these weights is left as it is; one
-        that holds something else is never overwritten.
+        Either loads in plain Transformers/PEFT. A folder that already holds these weights is left as it is;
+        one that holds something else is never overwritten.
 
         Raises:
             UserError: `folder` is taken or cannot be written.
@@ -164,6 +163,7 @@ class Policy:
                 "source": self.source,
                 "revision": self.revision,
                 "base_digest": self.base_digest,
+                "dtype": str(self.model.dtype).removeprefix("torch."),
                 "digest": digest,
             }
             (work / RECORD).write_text(json.dumps(record, indent=2) + "\n")
@@ -180,7 +180,7 @@ def attach(
     adapter: Lora | None = None,
     seed: int = 0,
 ) -> Policy:
-    """A policy around a loaded model: every weight trainable, or a fresh adapter that changes nothing yet (B = 0).
+    """A policy around a loaded model: every weight trainable, or a fresh adapter, which adds nothing yet (B = 0).
 
     `seed` fixes the adapter's A; the global random state is left as it was.
 
@@ -201,7 +201,7 @@ def attach(
         fan_in_fan_out=transposed,
         revision=revision,
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), quiet():
         torch.manual_seed(seed)
         return Policy(get_peft_model(model, config).eval(), tokenizer, source, digest, revision)
 
@@ -227,49 +227,38 @@ def load(
         seed: of the adapter's first values.
 
     Raises:
-        UserError: the source cannot be had or used; the base of an adapter changed; the template has no end of
-            turn in this vocabulary.
+        UserError: the source cannot be had or used; the base of an adapter changed; the template has no end
+            of turn in this vocabulary.
     """
     folder = resolve(source, revision)
-    saved = folder if (folder / "adapter_config.json").is_file() else None
-    if saved is None:
-        base, origin = folder, source
-    else:
-        origin, revision = _base_of(saved)
-        base = resolve(origin, revision)
-    if Path(origin).expanduser().exists():
-        origin = str(Path(origin).expanduser().resolve())
-    with _explained(base):
-        model = AutoModelForCausalLM.from_pretrained(
-            base, dtype=getattr(torch, dtype), attn_implementation=attn_implementation, use_safetensors=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(
-            saved if saved and (saved / "tokenizer.json").is_file() else base
-        )
-    if not Path(origin).exists() and not origin.startswith("pip:"):
-        model.name_or_path = origin  # a hub id: what a saved adapter names as its base
-    if chat_template is not None:
-        _set_template(tokenizer, chat_template)
-    if saved is None:
+    if not (folder / "adapter_config.json").is_file():
+        model = _base_model(folder, source, dtype, attn_implementation)
+        tokenizer = _tokenizer(folder, chat_template)
+        origin = _lasting(source)
         return attach(model, tokenizer, source=origin, revision=revision, adapter=adapter, seed=seed)
+
+    record = _record(folder)
+    origin, revision = _base_of(folder, record)
+    base = resolve(origin, revision)
+    model = _base_model(base, origin, dtype, attn_implementation)
     digest = weights_digest(dict(model.named_parameters()))
-    recorded = _record(saved).get("base_digest")
-    if recorded is not None and recorded != digest and dtype == _record(saved).get("dtype"):
-        raise UserError(f"{saved}: was trained on other weights than {origin} now holds; restore that base")
-    with _explained(saved):
-        peft = PeftModel.from_pretrained(model, str(saved), is_trainable=True).eval()
-    policy = Policy(peft, tokenizer, origin, digest, revision)
+    if record and record["dtype"] == dtype and record["base_digest"] != digest:
+        raise UserError(f"{folder}: was trained on other weights than {origin} now holds; restore that base")
+    own = (folder / "tokenizer_config.json").is_file()
+    tokenizer = _tokenizer(folder if own else base, chat_template)
+    with _explained(folder), quiet():
+        peft = PeftModel.from_pretrained(model, str(folder), is_trainable=True).eval()
     if adapter is not None:
-        _refuse_other_adapter(policy, adapter, saved)
-    return policy
+        _refuse_other_adapter(peft, adapter, folder)
+    return Policy(peft, tokenizer, _lasting(origin), digest, revision)
 
 
 def merge(policy: Policy, tolerance: float = 1e-3) -> Policy:
     """Fold the adapter into a copy of the weights: the same function without an adapter, under a new digest.
 
     Raises:
-        UserError: some log-probability on the probe texts moves by more than `tolerance` nats, as it does where
-            the update is rounded away in bfloat16.
+        UserError: some log-probability on the probe texts moves by more than `tolerance` nats, as it does
+            where the update is rounded away in bfloat16.
     """
     if not isinstance(policy.model, PeftModel):
         raise UserError(f"{policy.source}: has no adapter to merge")
@@ -282,14 +271,14 @@ def merge(policy: Policy, tolerance: float = 1e-3) -> Policy:
         worst = max(worst, float((before - after).abs().max()))
     if not worst <= tolerance:
         raise UserError(
-            f"{policy.source}: merging moves log-probabilities by up to {worst:.2g} nats (allowed: {tolerance:.2g}); "
-            "load the model with dtype float32 and merge there, or keep the adapter"
+            f"{policy.source}: merging moves log-probabilities by up to {worst:.2g} nats (allowed: "
+            f"{tolerance:.2g}); load the model with dtype float32 and merge there, or keep the adapter"
         )
     return attach(merged, policy.tokenizer, source=policy.source, revision=policy.revision)
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token that the chat template writes right after an assistant's answer; None if there is none."""
+    """The special token that the chat template writes right after an assistant's answer, if there is one."""
     if not tokenizer.chat_template:
         return None
     answer = "posttrain-answer"
@@ -314,14 +303,14 @@ def _set_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     tokenizer.chat_template = text
     if end_of_turn(tokenizer) is None:
         raise UserError(
-            f"chat template {template!r}: ends an assistant's turn with no special token of this model's vocabulary, "
-            "so the model could never learn to stop; end the turn with one of "
+            f"chat template {template!r}: ends an assistant's turn with no special token of this model's "
+            "vocabulary, so the model could never learn to stop; end the turn with one of "
             + ", ".join(repr(t) for t in tokenizer.all_special_tokens[:8])
         )
 
 
 def _targets(model: PreTrainedModel, adapter: Lora) -> tuple[list[str], bool]:
-    """Names of the layers that get an adapter, and whether they keep their weights transposed as GPT-2's do."""
+    """Names of the layers that get an adapter, and whether their weights are transposed, as GPT-2's are."""
     head = model.get_output_embeddings()
     linear = {
         name.rpartition(".")[2]: isinstance(module, Conv1D)
@@ -332,8 +321,8 @@ def _targets(model: PreTrainedModel, adapter: Lora) -> tuple[list[str], bool]:
     unknown = [name for name in names if name not in linear]
     if unknown:
         raise UserError(
-            f"adapter.targets: no linear layer {', '.join(map(repr, unknown))} in this {model.config.model_type} model; "
-            f"there are {', '.join(sorted(linear))}"
+            f"adapter.targets: no linear layer {', '.join(map(repr, unknown))} in this {model.config.model_type} "
+            f"model; there are {', '.join(sorted(linear))}"
         )
     return names, linear[names[0]]
 
@@ -344,35 +333,64 @@ def _save_adapter(model: PeftModel, folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's form to fill in
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text())
-    config["target_modules"] = sorted(
-        config["target_modules"]
-    )  # a set: its order would change from run to run
+    config["target_modules"] = sorted(config["target_modules"])  # a set: its order would change from run to run
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _record(folder: Path) -> dict[str, Any]:
     path = folder / RECORD
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return json_file(path) if path.is_file() else {}
 
 
-def _base_of(saved: Path) -> tuple[str, str | None]:
-    record = _record(saved)
+def _base_of(folder: Path, record: dict[str, Any]) -> tuple[str, str | None]:
+    """Source and revision of a saved adapter's base: from our record, else from PEFT's config."""
     if record:
         return record["source"], record["revision"]
-    config = PeftConfig.from_pretrained(str(saved))
-    if not config.base_model_name_or_path:
-        raise UserError(f"{saved}/adapter_config.json: does not name its base; set base_model_name_or_path")
-    return config.base_model_name_or_path, config.revision
+    config = json_file(folder / "adapter_config.json")
+    if not config.get("base_model_name_or_path"):
+        raise UserError(f"{folder}/adapter_config.json: does not name its base; set base_model_name_or_path")
+    return config["base_model_name_or_path"], config.get("revision")
 
 
-def _refuse_other_adapter(policy: Policy, asked: Lora, saved: Path) -> None:
-    has = policy.adapter
-    assert has is not None
-    targets = _targets(policy.model.get_base_model(), asked)[0]
+def _lasting(source: str) -> str:
+    """`source` in a form that holds from any working directory."""
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else source
+
+
+def _base_model(folder: Path, source: str, dtype: str, attn_implementation: str) -> PreTrainedModel:
+    with _explained(folder), quiet():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+        try:
+            model.generation_config.validate(strict=True)
+        except ValueError:  # a temperature without do_sample, as many hub models have: saving would refuse it
+            model.generation_config.do_sample = True
+    if is_hub_id(source):
+        model.name_or_path = source  # what a saved adapter names as its base
+    return model
+
+
+def _tokenizer(folder: Path, chat_template: str | None) -> PreTrainedTokenizerBase:
+    with _explained(folder), quiet():
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if chat_template is not None:
+        _set_template(tokenizer, chat_template)
+    return tokenizer
+
+
+def _refuse_other_adapter(model: PeftModel, asked: Lora, folder: Path) -> None:
+    has = model.peft_config["default"]
+    targets = asked.targets if asked.targets != "all-linear" else _targets(model.get_base_model(), asked)[0]
     if (has.r, has.lora_alpha, set(has.target_modules)) != (asked.r, asked.alpha, set(targets)):
         raise UserError(
-            f"{saved}: its adapter has r={has.r}, alpha={has.lora_alpha}, targets {', '.join(sorted(has.target_modules))}; "
-            "ask for the same, leave `adapter` out, or merge it first"
+            f"{folder}: its adapter has r={has.r}, alpha={has.lora_alpha}, targets "
+            f"{', '.join(sorted(has.target_modules))}; ask for the same, leave `adapter` out, or merge it first"
         )
 
 

@@ -1,0 +1,1 @@
+def forward_flops(config, tokens, targets): return 0.0
