@@ -118,7 +118,10 @@ def grow(nodes: Iterable[tuple[Sequence[int], Sequence[bool], int]], leaves: Seq
 
 
 def pack(rows: Sequence[Row]) -> Forest:
-    """The forest of `rows`, contexts shared wherever they begin alike for at least `MIN_SHARED` tokens."""
+    """The forest of `rows`, contexts shared wherever they begin alike for at least `MIN_SHARED` tokens.
+
+    The span of a row without completion is that of the segment its context ends in.
+    """
     nodes: list[tuple[Sequence[int], Sequence[bool], int]] = []
     leaves = [-1] * len(rows)
 
@@ -134,7 +137,7 @@ def pack(rows: Sequence[Row]) -> Forest:
             here = add(first[start:shared], [False] * (shared - start), parent) if shared > start else parent
             if first == last:
                 for i in run:
-                    leaves[i] = add(rows[i].completion, rows[i].target, here)
+                    leaves[i] = add(rows[i].completion, rows[i].target, here) if rows[i].completion else here
             else:
                 branch(run, shared, here)
 
@@ -165,8 +168,8 @@ def _agree(a: Sequence[int], b: Sequence[int], start: int) -> int:
 def split(rows: Sequence[Row], units: Sequence[tuple[int, ...]], budget: int) -> list[list[int]]:
     """Indices of `units` in packs of at most about `budget` tokens, units with like contexts together.
 
-    A unit is a tuple of row indices, of one context, that must share a forward pass (the two rows of a pair). A unit over the
-    budget gets a pack of its own. Only speed and memory depend on the result.
+    A unit is a tuple of row indices, of one context, that must share a forward pass (the two rows of a pair). A
+    unit over the budget gets a pack of its own. Only speed and memory depend on the result.
     """
     order = sorted(range(len(units)), key=lambda u: rows[units[u][0]].context)
     packs: list[list[int]] = []
