@@ -35,7 +35,7 @@ ARCHS: dict[str, dict[str, Any]] = {
     "olmo2": _KV,
     "gpt_neox": {},
     "smollm3": {**_KV, "no_rope_layers": [1, 0]},
-    "gpt2": {},
+    "gpt2": {"n_inner": 64},
 }
 """What each architecture's config needs beyond the common sizes. Mistral and both Gemmas slide over 8 tokens."""
 

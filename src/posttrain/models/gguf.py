@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import tempfile
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ def convert(file: Path, folder: Path) -> None:
             not known here: a tokenizer that is slightly wrong would only show as a model that is slightly worse.
     """
     print(f"converting {file.name} to safetensors once, cached in {folder.parent}", file=sys.stderr)
-    with tempfile.TemporaryDirectory() as alone, quiet():
+    with tempfile.TemporaryDirectory() as alone, quiet(), redirect_stderr(io.StringIO()):  # a bare tqdm bar
         # Alone in a folder: a config or tokenizer that lies beside the file must not mix with the file's own.
         (Path(alone) / file.name).symlink_to(file.resolve())
         try:
