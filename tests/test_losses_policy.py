@@ -1,0 +1,229 @@
+"""Ratios, clipping and importance weights against arithmetic done by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from posttrain.losses import Counts, clipped_share, importance, policy_gradient, ratio, reduce_tokens
+
+GARBAGE = [math.nan, math.inf, -math.inf, 1e30]
+
+
+def tensor(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def every(T: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`target_T, sequence_T` of one sequence of which every token carries loss."""
+    return torch.ones(T, dtype=torch.bool), torch.zeros(T, dtype=torch.long)
+
+
+def test_ratio_by_hand():
+    """Token ratios 2, 8 | 3. Sequence 0: sqrt(2 * 8) = 4; sequence 1: 3. The token without loss reads 1."""
+    logps_T = tensor(2, 8, 5, 3).log()
+    target_T = torch.tensor([True, True, False, True])
+    sequence_T = torch.tensor([0, 0, -1, 1])
+    by_token = ratio(logps_T, torch.zeros_like(logps_T), target_T, sequence_T)
+    by_sequence = ratio(logps_T, torch.zeros_like(logps_T), target_T, sequence_T, "sequence")
+    torch.testing.assert_close(by_token, tensor(2, 8, 1, 3))
+    torch.testing.assert_close(by_sequence, tensor(4, 4, 1, 3))
+
+
+@pytest.mark.parametrize(
+    ("w", "advantage", "options", "loss", "slope"),
+    [
+        # -min(w A, clip(w, 0.8, 1.2) A); d loss / d log w is -A w where w carries gradient, and 0 where it is cut.
+        (1.1, 2.0, {}, -2.2, -2.2),
+        (1.5, 2.0, {}, -2.4, 0.0),
+        (0.5, 2.0, {}, -1.0, -1.0),  # a good token that became unlikely is still pulled up
+        (0.5, -2.0, {}, 1.6, 0.0),
+        (1.5, -2.0, {}, 3.0, 3.0),  # a bad token that became likely is still pushed down
+        (1.25, 2.0, {"clip_high": 0.28}, -2.5, -2.5),  # clip-higher
+        (5.0, -2.0, {"ratio_cap": 3.0}, 6.0, 0.0),  # dual clip
+        (5.0, 2.0, {"clip_high": None, "ratio_cap": 3.0}, -10.0, -10.0),  # ... which leaves A > 0 alone
+        (5.0, 2.0, {"clip_low": None, "clip_high": None}, -10.0, -10.0),
+        (0.1, -2.0, {"clip_low": None, "clip_high": None}, 0.2, 0.2),
+        (7.0, 0.0, {}, 0.0, 0.0),
+    ],
+)
+def test_clipping_by_hand(w, advantage, options, loss, slope):
+    logps_T = tensor(math.log(w)).requires_grad_()
+    loss_T = policy_gradient(logps_T, tensor(0), tensor(advantage), *every(1), **options)
+    loss_T.sum().backward()
+    assert loss_T.item() == pytest.approx(loss, abs=1e-12)
+    assert logps_T.grad.item() == pytest.approx(slope, abs=1e-12)
+    cut = clipped_share(logps_T, tensor(0), tensor(advantage), *every(1), Counts(tokens=1), **options)
+    assert cut.item() == float(slope == 0 and advantage != 0)
+
+
+def test_one_clamp_is_the_minimum_of_the_papers():
+    """PPO's min and the dual clip's max, as the papers write them, over random ratios and advantages."""
+    rng = torch.Generator().manual_seed(0)
+    logps_T, advantages_T = torch.randn(2, 1000, generator=rng, dtype=torch.float64)
+    w_T = logps_T.exp()
+    surrogate_T = torch.minimum(w_T * advantages_T, w_T.clamp(0.7, 1.3) * advantages_T)
+    dual_T = torch.where(advantages_T < 0, torch.maximum(surrogate_T, 2 * advantages_T), surrogate_T)
+    options = {"clip_low": 0.3, "clip_high": 0.3, "ratio_cap": 2.0}
+    loss_T = policy_gradient(logps_T, torch.zeros_like(logps_T), advantages_T, *every(1000), **options)
+    torch.testing.assert_close(loss_T, -dual_T)
+
+
+def test_clipped_share_adds_up_over_micro_batches():
+    """Of four tokens with ratio 2 the two with a positive advantage are cut: 1/2, as 1/4 from each half."""
+    logps_T = torch.full((4,), math.log(2), dtype=torch.float64)
+    advantages_T = tensor(1, -1, 1, -1)
+    halves = [
+        clipped_share(logps_T[h], torch.zeros(2), advantages_T[h], *every(2), Counts(tokens=4)).item()
+        for h in (slice(0, 2), slice(2, 4))
+    ]
+    assert halves == [0.25, 0.25]
+
+
+@pytest.mark.parametrize("how", ["token", "sequence", "constant"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_on_policy_gradient_is_that_of_reinforce(level, how):
+    """With w = 1, d w = d log pi, so the gradient is that of -A log pi; an advantage is one number per sequence.
+
+    With one ratio per sequence each token carries the mean of the sequence's d log pi; summed over the sequence
+    that is the same, under every reduction that weighs a sequence's tokens alike.
+    """
+    logps_T = tensor(-1, -2, -3, -0.5, -4).requires_grad_()
+    advantages_T = tensor(2, 2, 2, -1, -1)
+    target_T, sequence_T = torch.ones(5, dtype=torch.bool), torch.tensor([0, 0, 0, 1, 1])
+
+    def gradient(loss_T: torch.Tensor) -> torch.Tensor:
+        counts = Counts(tokens=5, sequences=2)
+        loss = reduce_tokens(loss_T, target_T, counts, how=how, sequence_T=sequence_T, constant=6.0)
+        return torch.autograd.grad(loss, logps_T)[0]
+
+    loss_T = policy_gradient(logps_T, logps_T, advantages_T, target_T, sequence_T, level=level)
+    torch.testing.assert_close(loss_T, -advantages_T)
+    torch.testing.assert_close(gradient(loss_T), gradient(-advantages_T * logps_T))
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_zero_advantages_give_a_zero_gradient(level):
+    logps_T = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    loss_T = policy_gradient(logps_T, torch.zeros(6), torch.zeros(6), *every(6), level=level)
+    loss_T.sum().backward()
+    assert (logps_T.grad == 0).all()
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_what_stands_at_other_tokens_reaches_neither_value_nor_gradient(level, garbage):
+    """Three tokens with loss, alone and between tokens that hold garbage in every argument."""
+    logps, old, advantages = tensor(-1, -2, -0.3), tensor(-1.2, -1.9, -0.4), tensor(1, 1, -2)
+    sequence = torch.tensor([0, 0, 1])
+    wide_at = torch.tensor([1, 3, 4])
+
+    def run(widen: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        def place(x: torch.Tensor, other: float) -> torch.Tensor:
+            return torch.full((6,), other, dtype=x.dtype).index_copy(0, wide_at, x) if widen else x
+
+        leaf_T = place(logps, garbage).clone().detach().requires_grad_()
+        target_T = place(torch.ones(3, dtype=torch.bool), False)
+        sequence_T = place(sequence, 10**9)
+        loss_T = policy_gradient(
+            leaf_T, place(old, -garbage), place(advantages, garbage), target_T, sequence_T, level=level
+        )
+        weight_T = importance(leaf_T, place(old, -garbage), target_T)
+        (loss_T * weight_T).sum().backward()
+        assert (loss_T[~target_T] == 0).all()
+        assert (leaf_T.grad[~target_T] == 0).all()
+        return loss_T.detach()[target_T], leaf_T.grad[target_T]
+
+    for alone, between in zip(run(False), run(True), strict=True):
+        torch.testing.assert_close(between, alone, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_all_masked_is_zero(level):
+    logps_T = torch.full((3,), -math.inf, requires_grad=True)
+    nowhere_T = torch.zeros(3, dtype=torch.bool)
+    loss_T = policy_gradient(logps_T, logps_T, torch.ones(3), nowhere_T, torch.zeros(3, dtype=torch.long), level=level)
+    loss_T.sum().backward()
+    assert loss_T.tolist() == logps_T.grad.tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+@pytest.mark.parametrize("log_w", [-1000.0, 1000.0])
+def test_an_absurd_ratio_does_not_overflow(level, advantage, log_w):
+    """e^1000 is inf in float32, and inf times the 0 slope of the clip would be NaN."""
+    logps_T = torch.tensor([log_w], requires_grad=True)
+    loss_T = policy_gradient(logps_T, torch.zeros(1), torch.tensor([advantage]), *every(1), level=level)
+    loss_T.sum().backward()
+    assert loss_T.isfinite().all()
+    assert logps_T.grad.tolist() == [0.0]
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_nan_at_a_target_is_not_hidden(level):
+    """Masking must not swallow what the non-finite guard has to see."""
+    logps_T = torch.tensor([math.nan, -1.0])
+    assert policy_gradient(logps_T, torch.zeros(2), torch.ones(2), *every(2), level=level)[0].isnan()
+    assert importance(logps_T, torch.zeros(2), every(2)[0])[0].isnan()
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_order_does_not_matter(level):
+    rng = torch.Generator().manual_seed(1)
+    logps, old, advantages = torch.randn(3, 8, generator=rng, dtype=torch.float64)
+    target_T = torch.tensor([1, 1, 0, 1, 1, 0, 1, 1], dtype=torch.bool)
+    sequence_T = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
+    order = torch.randperm(8, generator=rng)
+    loss_T = policy_gradient(logps, old, advantages, target_T, sequence_T, level=level)
+    mixed_T = policy_gradient(
+        logps[order], old[order], advantages[order], target_T[order], sequence_T[order], level=level
+    )
+    torch.testing.assert_close(mixed_T, loss_T[order])
+
+
+def test_importance_by_hand():
+    """The trainer finds the tokens 0.5, 1.5 and 3 times as likely as the sampler did; cap 2."""
+    logps_T = tensor(0.5, 1.5, 3, 9).log()
+    target_T = torch.tensor([True, True, True, False])
+    zero_T = torch.zeros(4, dtype=torch.float64)
+    expected = {"truncate": (0.5, 1.5, 2, 1), "mask": (0.5, 1.5, 0, 1), "none": (1, 1, 1, 1)}
+    for how, weights in expected.items():
+        torch.testing.assert_close(importance(logps_T, zero_T, target_T, how=how), tensor(*weights))
+    assert not importance(logps_T.requires_grad_(), zero_T, target_T).requires_grad
+
+
+def test_importance_weights_make_an_off_policy_average_exact():
+    """E over the sampler's q of (p / q) f = E over p of f, as long as no weight is above the cap."""
+    rng = torch.Generator().manual_seed(2)
+    p_V, q_V = torch.log_softmax(0.2 * torch.randn(2, 6, generator=rng, dtype=torch.float64), dim=-1)
+    f_V = torch.randn(6, generator=rng, dtype=torch.float64)
+    weight_V = importance(p_V, q_V, every(6)[0], cap=10)
+    torch.testing.assert_close((q_V.exp() * weight_V * f_V).sum(), (p_V.exp() * f_V).sum())
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("ratio_cap", [None, 1.5])
+def test_gradients_agree_with_finite_differences(level, ratio_cap):
+    rng = torch.Generator().manual_seed(3)
+    logps, old, advantages = 0.5 * torch.randn(3, 8, generator=rng, dtype=torch.float64)
+    target_T = torch.tensor([1, 1, 0, 1, 1, 0, 1, 1], dtype=torch.bool)
+    sequence_T = torch.tensor([0, 0, 0, 1, 1, 1, 1, 2])
+    assert torch.autograd.gradcheck(
+        lambda x: policy_gradient(x, old, advantages, target_T, sequence_T, ratio_cap=ratio_cap, level=level),
+        (logps.requires_grad_(),),
+    )
+
+
+def test_float32_stays_float32_and_half_is_widened():
+    for dtype in (torch.float32, torch.bfloat16):
+        logps_T = torch.tensor([-1.0, -2.0], dtype=dtype)
+        assert policy_gradient(logps_T, logps_T, logps_T, *every(2)).dtype == torch.float32
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="batch"):
+        ratio(torch.zeros(1), torch.zeros(1), *every(1), level="batch")
+    with pytest.raises(ValueError, match="clip"):
+        importance(torch.zeros(1), torch.zeros(1), every(1)[0], how="clip")

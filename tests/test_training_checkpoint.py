@@ -1,0 +1,309 @@
+"""Checkpoints: exact, and whole or not there at all, whatever happens while they are written or afterwards."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from posttrain.records import UserError
+from posttrain.training import checkpoint
+from posttrain.training.checkpoint import LATEST, load, save
+
+
+class Killed(BaseException):
+    """Ends the process where it stands: no handler for errors runs."""
+
+
+def content(step: int) -> tuple[dict[str, torch.Tensor], dict]:
+    rng = torch.Generator().manual_seed(step)
+    tensors = {"w": torch.randn(64, 3, generator=rng), "rng": rng.get_state()[:100], "step": torch.tensor(float(step))}
+    return tensors, {"cursor": [step, 0.1 * step], "name": f"run {step}"}
+
+
+def put(folder: Path, step: int, **options: int) -> Path:
+    return save(folder, step, *content(step), **options)
+
+
+def step_of(folder: Path, warnings: list[str] | None = None) -> int | None:
+    """Step of what `load` gives, after checking that it is that step's content whole."""
+    found = load(folder, warn=([] if warnings is None else warnings).append)
+    if found is None:
+        return None
+    step, tensors, state = found
+    expected_tensors, expected_state = content(step)
+    assert state == expected_state
+    assert tensors.keys() == expected_tensors.keys()
+    assert all(torch.equal(tensors[name], expected_tensors[name]) for name in tensors)
+    return step
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def test_everything_comes_back_bit_for_bit(tmp_path):
+    base = torch.randn(6, 4)
+    tied = torch.randn(3, 3)
+    tensors = {
+        "bfloat16": torch.randn(5, 7).bfloat16(),
+        "float16": torch.randn(3).half(),
+        "float64": torch.randn(2, dtype=torch.float64),
+        "special": torch.tensor([float("nan"), float("inf"), -0.0, 1e-45]),
+        "int64": torch.tensor([2**62, -1]),
+        "bool": torch.tensor([True, False]),
+        "scalar": torch.tensor(3.5),
+        "scalar.int": torch.tensor(7),
+        "empty": torch.zeros(0, 4),
+        "empty.too": torch.zeros(0),
+        "transposed": base.T,
+        "rows": base[2:4],
+        "strided": base[:, ::2],
+        "expanded": torch.ones(1).expand(5),
+        "tied.a": tied,
+        "tied.b": tied,
+        "parameter": torch.nn.Parameter(torch.randn(2)),
+    }
+    state = {"float": 0.1 + 0.2, "big": 2**70, "text": "ü\u2028", "nested": {"list": [1, None, True]}}
+    save(tmp_path, 3, tensors, state)
+    step, loaded, loaded_state = load(tmp_path)
+    assert (step, loaded_state) == (3, state)
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert loaded[name].shape == tensor.shape
+        assert bits(loaded[name]) == bits(tensor.detach()), name
+
+
+def test_there_is_none(tmp_path):
+    assert load(tmp_path) is None
+    assert load(tmp_path / "absent") is None
+
+
+def test_the_last_two_are_kept_and_latest_names_the_last(tmp_path):
+    for step in (10, 20, 30):
+        path = put(tmp_path, step)
+    assert path == tmp_path / "step-000030"
+    assert names(tmp_path) == {"step-000020", "step-000030", LATEST}
+    assert (tmp_path / LATEST).read_text().split()[0] == "step-000030"
+    put(tmp_path, 40, keep=1)
+    assert names(tmp_path) == {"step-000040", LATEST}
+    assert step_of(tmp_path) == 40
+
+
+def test_what_was_saved_last_is_loaded_even_when_its_step_is_lower(tmp_path):
+    for step in (30, 40, 20):
+        put(tmp_path, step)
+    assert step_of(tmp_path) == 20
+    assert names(tmp_path) == {"step-000020", "step-000040", LATEST}
+
+
+def test_a_step_can_be_saved_again(tmp_path):
+    tensors, state = content(5)
+    for again in range(4):
+        save(tmp_path, 5, tensors, {**state, "again": again})
+        step, _, loaded = load(tmp_path)
+        assert (step, loaded["again"]) == (5, again)
+    assert len(names(tmp_path)) == 3
+
+
+def test_leftovers_of_a_killed_save_go_at_the_next(tmp_path):
+    (tmp_path / "tmp-1").mkdir()
+    (tmp_path / "tmp-1" / "tensors.safetensors").write_bytes(b"half")
+    (tmp_path / "tmp-2").write_bytes(b"half")
+    assert load(tmp_path) is None
+    put(tmp_path, 1)
+    assert names(tmp_path) == {"step-000001", LATEST}
+
+
+def damage_newest(folder: Path, damage: str, rng: random.Random) -> Path:
+    """Flip one bit of, or cut, one file of the newest checkpoint, LATEST included; each file equally often."""
+    files = [*sorted((folder / "step-000020").iterdir()), folder / LATEST]
+    path = rng.choice(files)
+    data = bytearray(path.read_bytes())
+    if damage == "flip":
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    else:
+        data = data[: rng.randrange(len(data))]
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(("damage", "times"), [("flip", 200), ("truncate", 100)])
+def test_damage_is_always_noticed_and_the_previous_one_used(tmp_path, damage, times):
+    rng = random.Random(0)
+    put(tmp_path / "sound", 10)
+    put(tmp_path / "sound", 20)
+    for i in range(times):
+        folder = shutil.copytree(tmp_path / "sound", tmp_path / str(i))
+        path = damage_newest(folder, damage, rng)
+        warnings: list[str] = []
+        found = step_of(folder, warnings)
+        assert warnings, path
+        if path.name == LATEST:  # only the pointer is lost
+            assert found == 20
+            assert names(folder) == {"step-000010", "step-000020", LATEST}
+        else:
+            assert found == 10
+            (kept,) = [name for name in names(folder) if name.startswith("damaged-step-000020-")]
+            assert len(names(folder / kept)) == 3
+            assert any(kept in warning for warning in warnings)
+            assert any("step-000010" in warning for warning in warnings)
+        put(folder, 30)
+        assert step_of(folder) == 30
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "manifest.json"])
+def test_a_missing_file_is_noticed(tmp_path, name):
+    put(tmp_path, 10)
+    (put(tmp_path, 20) / name).unlink()
+    warnings: list[str] = []
+    assert step_of(tmp_path, warnings) == 10
+    assert any(name in warning for warning in warnings)
+
+
+def test_a_lost_checkpoint_is_noticed(tmp_path):
+    put(tmp_path, 10)
+    shutil.rmtree(put(tmp_path, 20))
+    warnings: list[str] = []
+    assert step_of(tmp_path, warnings) == 10
+    assert "step-000020" in warnings[0]
+
+
+def test_when_none_is_sound_it_says_so(tmp_path):
+    (put(tmp_path, 10) / "state.json").write_text("{}")
+    warnings: list[str] = []
+    assert step_of(tmp_path, warnings) is None
+    assert "starting from the beginning" in warnings[-1]
+    assert any(name.startswith("damaged-step-000010") for name in names(tmp_path))
+
+
+WRITING = ("save_file", "fsync", "rename", "replace")
+DELETING = ("unlink", "rmdir")
+
+
+def fail_at(
+    monkeypatch: pytest.MonkeyPatch, n: int, error: BaseException, kinds: tuple[str, ...], *, done: bool = False
+) -> list[str]:
+    """Raise at the n-th file operation of these kinds, once it is `done` or instead; returns the calls so far."""
+    calls: list[str] = []
+
+    def wrap(module: object, name: str) -> None:
+        real = getattr(module, name)
+
+        def wrapped(*args, **kwargs):
+            calls.append(name)
+            if len(calls) != n:
+                return real(*args, **kwargs)
+            if done:
+                real(*args, **kwargs)
+            raise error
+
+        monkeypatch.setattr(module, name, wrapped)
+
+    for name in kinds:
+        wrap(checkpoint if name == "save_file" else os, name)
+    return calls
+
+
+def operations(folder: Path, steps: tuple[int, ...], new: int, kinds: tuple[str, ...]) -> int:
+    """How many file operations of these kinds a save of `new` makes in a folder that holds `steps`."""
+    for step in steps:
+        put(folder, step)
+    with pytest.MonkeyPatch.context() as patch:
+        calls = fail_at(patch, 0, Killed(), kinds)
+        put(folder, new)
+    assert set(WRITING) <= set(calls)
+    return len(calls)
+
+
+SITUATIONS = [((), 10), ((10,), 20), ((10, 20), 30), ((10, 20), 20), ((10,), 10)]
+
+
+@pytest.mark.parametrize(("steps", "new"), SITUATIONS)
+@pytest.mark.parametrize("done", [False, True])
+def test_killed_between_any_two_file_operations(tmp_path, steps, new, done):
+    """`load` gives the old or the new one whole, without a word of damage; the same save then goes through."""
+    old = steps[-1] if steps else None
+    kinds = WRITING + DELETING
+    for n in range(1, operations(tmp_path / "count", steps, new, kinds) + 1):
+        folder = tmp_path / str(n)
+        for step in steps:
+            put(folder, step)
+        with pytest.MonkeyPatch.context() as patch:
+            fail_at(patch, n, Killed(), kinds, done=done)
+            with pytest.raises(Killed):
+                put(folder, new)
+        warnings: list[str] = []
+        assert step_of(folder, warnings) in {old, new}
+        put(folder, new)
+        assert step_of(folder, warnings) == new
+        assert warnings == []
+        assert not any(name.startswith("tmp-") for name in names(folder))
+        assert len(names(folder)) <= 3
+
+
+@pytest.mark.parametrize(("steps", "new"), SITUATIONS)
+def test_an_error_at_any_file_operation_leaves_the_old_one_and_no_rest(tmp_path, steps, new):
+    for n in range(1, operations(tmp_path / "count", steps, new, WRITING) + 1):
+        folder = tmp_path / str(n)
+        for step in steps:
+            put(folder, step)
+        with pytest.MonkeyPatch.context() as patch:
+            fail_at(patch, n, OSError(28, "No space left on device"), WRITING)
+            with pytest.raises(UserError, match=r"No space left on device.*bytes") as caught:
+                put(folder, new)
+        assert str(folder) in str(caught.value)
+        assert not any(name.startswith("tmp-") for name in names(folder))
+        assert step_of(folder) in ({steps[-1], new} if steps else {None, new})
+        put(folder, new)
+        assert step_of(folder) == new
+
+
+def test_a_full_disk_is_told_with_path_and_bytes(tmp_path):
+    """A limit on the size of files stands in for the disk: the write itself fails, inside safetensors."""
+    put(tmp_path, 10)
+    before = names(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(UserError, match=r"needs 400002 bytes") as caught:
+            save(tmp_path, 20, {"w": torch.zeros(100_000)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(tmp_path) in str(caught.value)
+    assert names(tmp_path) == before
+    assert step_of(tmp_path) == 10
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write the checkpoint of step 1"):
+        put(tmp_path / "file" / "checkpoints", 1)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder_is_told(tmp_path):
+    put(tmp_path, 10)
+    tmp_path.chmod(0o555)
+    try:
+        with pytest.raises(UserError, match="Permission denied"):
+            put(tmp_path, 20)
+        assert step_of(tmp_path) == 10
+    finally:
+        tmp_path.chmod(0o755)
+
+
+def test_state_that_json_cannot_hold_exactly_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        save(tmp_path / "new", 1, {}, {"loss": float("nan")})
+    assert not (tmp_path / "new").exists()
