@@ -1,0 +1,1 @@
+"""Sources, row shapes, chat rendering and mixtures: from files to token ids with trainable spans."""
