@@ -134,7 +134,7 @@ def schema() -> int:
 
 @app.command()
 def explain(
-    key: Annotated[str, typer.Argument(metavar="KEY", help="As in `stages.grpo.kl_weight`; an ending will do.")],
+    key: Annotated[str, typer.Argument(metavar="KEY", help="As in stages.grpo.optim.lr; an ending will do.")],
     as_json: Json = False,
 ) -> int:
     """What a key of the recipe means."""
