@@ -73,3 +73,20 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is seen whole or not at all.
+
+    Raises:
+        UserError: the place cannot be written, or the disk is full.
+    """
+    work = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work.write_text(text, encoding="utf-8")
+        _sync(work)
+        os.replace(work, path)
+    except OSError as error:
+        work.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror}); mend that or name another place") from error

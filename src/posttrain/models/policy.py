@@ -14,8 +14,16 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.pytorch_utils import Conv1D
 
 from posttrain.models.disk import staged
@@ -214,7 +222,7 @@ def load(
     revision: str | None = None,
     chat_template: str | None = None,
     seed: int = 0,
-    attn_implementation: str = "sdpa",
+    attn_implementation: str | None = None,
 ) -> Policy:
     """The policy that `source` names.
 
@@ -225,6 +233,7 @@ def load(
         dtype: precision of the weights. An adapter on bfloat16 weights is float32.
         chat_template: `chatml` or a Jinja file, in place of the model's own.
         seed: of the adapter's first values.
+        attn_implementation: None is sdpa, or eager where the model's attention has what sdpa lacks (Gemma 2).
 
     Raises:
         UserError: the source cannot be had or used; the base of an adapter changed; the template has no end
@@ -246,10 +255,10 @@ def load(
         raise UserError(f"{folder}: was trained on other weights than {origin} now holds; restore that base")
     own = (folder / "tokenizer_config.json").is_file()
     tokenizer = _tokenizer(folder if own else base, chat_template)
+    if adapter is not None:
+        _refuse_other_adapter(model, adapter, folder)
     with _explained(folder), quiet():
         peft = PeftModel.from_pretrained(model, str(folder), is_trainable=True).eval()
-    if adapter is not None:
-        _refuse_other_adapter(peft, adapter, folder)
     return Policy(peft, tokenizer, _lasting(origin), digest, revision)
 
 
@@ -358,12 +367,15 @@ def _lasting(source: str) -> str:
     return str(path.resolve()) if path.exists() else source
 
 
-def _base_model(folder: Path, source: str, dtype: str, attn_implementation: str) -> PreTrainedModel:
+def _base_model(folder: Path, source: str, dtype: str, attn_implementation: str | None) -> PreTrainedModel:
     with _explained(folder), quiet():
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, dtype),
-            attn_implementation=attn_implementation,
+            # Always said here: a config can name a kernel on the hub, which is code.
+            attn_implementation=attn_implementation or ("sdpa" if kind._supports_sdpa else "eager"),
             use_safetensors=True,
             trust_remote_code=False,
         )
@@ -384,13 +396,13 @@ def _tokenizer(folder: Path, chat_template: str | None) -> PreTrainedTokenizerBa
     return tokenizer
 
 
-def _refuse_other_adapter(model: PeftModel, asked: Lora, folder: Path) -> None:
-    has = model.peft_config["default"]
-    targets = asked.targets if asked.targets != "all-linear" else _targets(model.get_base_model(), asked)[0]
-    if (has.r, has.lora_alpha, set(has.target_modules)) != (asked.r, asked.alpha, set(targets)):
+def _refuse_other_adapter(base: PreTrainedModel, asked: Lora, folder: Path) -> None:
+    config = json_file(folder / "adapter_config.json")
+    r, alpha, targets = config["r"], config["lora_alpha"], sorted(config["target_modules"])
+    if (r, alpha, targets) != (asked.r, asked.alpha, sorted(_targets(base, asked)[0])):
         raise UserError(
-            f"{folder}: its adapter has r={has.r}, alpha={has.lora_alpha}, targets "
-            f"{', '.join(sorted(has.target_modules))}; ask for the same, leave `adapter` out, or merge it first"
+            f"{folder}: its adapter has r={r}, alpha={alpha}, targets {', '.join(targets)}; ask for the same, leave "
+            "`adapter` out, or merge it first"
         )
 
 
@@ -401,5 +413,6 @@ def _explained(folder: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{folder}: cannot be loaded ({str(error).strip().splitlines()[0]})") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{folder}: cannot be loaded ({why}); fetch or save it again") from error
