@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -145,6 +146,7 @@ def render(folder: Path) -> Path:
     return out
 
 
+@functools.cache
 def environment() -> Environment:
     env = Environment(
         loader=PackageLoader("posttrain.report", ""),
