@@ -8,7 +8,6 @@ Context and spans are tokenised apart, so that a trained span follows exactly th
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -205,14 +204,13 @@ class Renderer:
     ) -> tuple[tuple[Message, ...], tuple[Any, ...]]:
         if self.system and not any(m["role"] == "system" for m in messages):
             messages = ({"role": "system", "content": self.system}, *messages)
-        data = (messages, example.tools)
-        if self._marks.search(json.dumps(data, ensure_ascii=False)):
-            raise Malformed("it holds a private-use character above U+100000, of those the renderer keeps for itself")
         return self._neutral(messages), self._neutral(example.tools)
 
     def _neutral(self, value: Any) -> Any:
         """`value` with every special token that data wrote replaced by its stand-in."""
         if isinstance(value, str):
+            if self._marks.search(value):
+                raise Malformed("it holds a private-use character above U+100000, one of the renderer's own stand-ins")
             return self._find.sub(lambda m: self._stand_in[m[0]], value)
         if isinstance(value, Mapping):
             return {k: v if k == "role" else self._neutral(v) for k, v in value.items()}

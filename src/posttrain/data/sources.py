@@ -70,10 +70,8 @@ def read(source: Source) -> Loaded:
             f"{name}: no shape {source.shape!r}{tasks.did_you_mean(source.shape, shapes.SHAPES)} (known: {known})"
         )
     if name.startswith(tasks.PREFIX):
-        task = name.removeprefix(tasks.PREFIX)
-        if source.rows is None:
-            raise UserError(f"{name}: a generator never ends; set `rows`")
-        made = tasks.load(task, source.rows, source.seed, source.config)
+        assert source.rows is not None  # the schema asks it of a generator
+        made = tasks.load(name.removeprefix(tasks.PREFIX), source.rows, source.seed, source.config)
         return Loaded(made, SourceReport(name, "task", "made by a generator", len(made), 0, ()))
     if name.startswith("hub:"):
         return _shaped(itertools.islice(_hub(source), source.rows), source, Path(name).name)
