@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from tiny import ARCHS, tiny_model, tiny_policy, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -358,3 +359,24 @@ def test_broken_weights_are_a_user_error(base):
     (base / "model.safetensors").write_bytes(b"\x80\x04 no safetensors")
     with pytest.raises(UserError, match="cannot be loaded"):
         load(str(base))
+
+
+def test_missing_weights_are_refused_not_drawn_at_random(base, tmp_path):
+    train(load(str(base), adapter=LORA)).save(tmp_path / "out")
+    for file, name in (
+        (base / "model.safetensors", "model.norm.weight"),
+        (tmp_path / "out/adapter_model.safetensors", None),
+    ):
+        weights = load_file(file)
+        del weights[name or next(iter(weights))]
+        save_file(weights, file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"lack 1 tensors \(model\.norm\.weight\)"):
+        load(str(base))
+    tiny_model("llama", seed=3).save_pretrained(base)
+    with pytest.raises(UserError, match="does not fit"):
+        load(str(tmp_path / "out"))
+
+
+def test_tokenizer_larger_than_the_model_is_refused(base):
+    with pytest.raises(UserError, match="300 tokens, its model 200"):
+        attach(tiny_model(vocab=200), tiny_tokenizer(), source="x")

@@ -50,13 +50,17 @@ def convert(file: Path, folder: Path) -> None:
         try:
             fields = GGUFReader(file).fields
             kind, split = (_text(fields, f"tokenizer.ggml.{key}") for key in ("model", "pre"))
-            model = AutoModelForCausalLM.from_pretrained(alone, gguf_file=file.name, dtype=torch.float32)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                alone, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
+            )
             tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=file.name)
         except (OSError, ValueError, KeyError, IndexError, RuntimeError, NotImplementedError) as error:
             raise UserError(
                 f"{file}: cannot be read as a GGUF model ({_first_line(error)}); fetch it again, or use the "
                 "safetensors release of the model"
             ) from error
+        if report["missing_keys"]:  # Transformers would go on with random numbers in their place
+            raise UserError(f"{file}: lacks {len(report['missing_keys'])} of the model's tensors; fetch it again")
         if kind == "gpt2":
             _set_split(tokenizer, split, file)
         tokenizer.model_max_length = model.config.max_position_embeddings

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -193,8 +193,12 @@ def attach(
     `seed` fixes the adapter's A; the global random state is left as it was.
 
     Raises:
-        UserError: `adapter.targets` names a layer that the model does not have.
+        UserError: `adapter.targets` names a layer that the model does not have, or the tokenizer has tokens that
+            it does not have.
     """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(f"{source}: its tokenizer has {len(tokenizer)} tokens, its model {rows} embeddings")
     model = model.eval()
     digest = base_digest or weights_digest(dict(model.named_parameters()))
     if adapter is None:
@@ -259,7 +263,14 @@ def load(
         _refuse_other_adapter(model, adapter, folder)
     with _explained(folder), quiet():
         peft = PeftModel.from_pretrained(model, str(folder), is_trainable=True).eval()
-    return Policy(peft, tokenizer, _lasting(origin), digest, revision)
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            stored = set(file.keys())
+    policy = Policy(peft, tokenizer, _lasting(origin), digest, revision)
+    expected = {name.replace(".default.", ".") for name in policy.parameters()}
+    if stored != expected:  # PEFT would go on with a part of the adapter
+        some = ", ".join(sorted(stored ^ expected)[:3])
+        raise UserError(f"{folder}: its adapter does not fit {origin} (not in both: {some})")
+    return policy
 
 
 def merge(policy: Policy, tolerance: float = 1e-3) -> Policy:
@@ -371,8 +382,9 @@ def _base_model(folder: Path, source: str, dtype: str, attn_implementation: str 
     with _explained(folder), quiet():
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             folder,
+            output_loading_info=True,
             dtype=getattr(torch, dtype),
             # Always said here: a config can name a kernel on the hub, which is code.
             attn_implementation=attn_implementation or ("sdpa" if kind._supports_sdpa else "eager"),
@@ -383,6 +395,9 @@ def _base_model(folder: Path, source: str, dtype: str, attn_implementation: str 
             model.generation_config.validate(strict=True)
         except ValueError:  # a temperature without do_sample, as many hub models have: saving would refuse it
             model.generation_config.do_sample = True
+    if report["missing_keys"]:  # Transformers would go on with random numbers in their place
+        some = ", ".join(sorted(report["missing_keys"])[:3])
+        raise UserError(f"{folder}: its weights lack {len(report['missing_keys'])} tensors ({some}); fetch it again")
     if is_hub_id(source):
         model.name_or_path = source  # what a saved adapter names as its base
     return model

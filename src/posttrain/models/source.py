@@ -145,9 +145,17 @@ def _refuse_code(folder: Path, config: dict) -> None:
     if kind not in NATIVE:
         own = "; it brings code of its own (auto_map), which is never run" if "auto_map" in config else ""
         raise UserError(f"{folder}/config.json: Transformers has no causal language model {kind!r}{own}")
+    if kernels := _kernels(config):
+        raise UserError(f"{folder}/config.json: {kernels[0]} names code on the hub, which is never run; remove it")
     if "quantization_config" in config:
         method = config["quantization_config"].get("quant_method")
         raise UserError(f"{folder}: its weights are quantised ({method}); use the model's unquantised release")
+
+
+def _kernels(config: dict) -> list[str]:
+    """Keys by which a config makes Transformers download compiled code: an implementation with a hub id."""
+    found = [key for key, value in config.items() if "_implementation" in key and "/" in str(value)]
+    return found + [key for value in config.values() if isinstance(value, dict) for key in _kernels(value)]
 
 
 def _from_hub(name: str, revision: str | None) -> Path:
