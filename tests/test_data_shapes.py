@@ -81,7 +81,8 @@ def test_every_shape_has_a_row_here() -> None:
 def test_tool_calls_in_both_dialects_mean_the_same() -> None:
     tools = json.dumps([{"name": "add", "parameters": {}}])
     share = {"tools": tools, "conversations": [
-        {"from": "human", "value": "sum?"}, {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+        {"from": "human", "value": "sum?"},
+        {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
         {"from": "observation", "value": "2"}, {"from": "gpt", "value": "two"}]}  # fmt: skip
     call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
     openai = {"tools": json.loads(tools), "messages": [
