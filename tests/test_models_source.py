@@ -26,6 +26,7 @@ from posttrain.models import gguf as gguf_module
 from posttrain.models import source as source_module
 from posttrain.models.policy import load
 from posttrain.models.source import Pinned, resolve
+from posttrain.recipe.schema import Lora
 from posttrain.records import UserError
 
 FORK = multiprocessing.get_context("fork")
@@ -270,6 +271,22 @@ def test_hub_without_a_connection_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=r"hub cannot be reached.*copy the model"):
         resolve("someone/something")
+
+
+def test_hub_snapshot_is_used_offline_and_named_as_the_adapter_s_base(folder, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub" / "models--someone--something"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    (repository / "snapshots").mkdir()
+    folder.rename(repository / "snapshots" / ("0" * 40))
+    policy = load("someone/something", adapter=Lora(r=2))
+    policy.save(tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "someone/something"
+    assert load(str(tmp_path / "out")).digest() == policy.digest()
+    with pytest.raises(UserError, match="hub cannot be reached"):
+        load("someone/something", revision="other")
 
 
 # GGUF

@@ -161,7 +161,7 @@ class Policy:
             if _record(folder).get("digest") == digest:
                 return artifact
             raise UserError(f"{folder}: holds something else already; name another folder or remove this one")
-        with staged(folder) as work:
+        with staged(folder) as work, quiet():
             if isinstance(self.model, PeftModel):
                 _save_adapter(self.model, work)
             else:
