@@ -287,7 +287,7 @@ class Renderer:
             # A special token's name cut in two is no longer one, in any tokenizer.
             for letters in (part,) if typed is None else (typed[:1], typed[1:]):
                 if letters:
-                    ids += self.tokenizer.encode(letters, add_special_tokens=False)
+                    ids += self.tokenizer.encode(letters, add_special_tokens=False, verbose=False)
         return tuple(ids)
 
     def _render_text(self, example: Example, text: str) -> Rendered:
