@@ -4,8 +4,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-export OMP_NUM_THREADS ?= 1
-
 .DEFAULT_GOAL := help
 .PHONY: help demo test constraints clean
 
@@ -19,7 +17,7 @@ test: $(STAMP)  ## Check style and types, run the tests
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 # The stamp goes first and comes back last. Where it is missing an installation was cut short, and pip cannot tell
 # a half-written package from a whole one: start over (its cache makes that quick).

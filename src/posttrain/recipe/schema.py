@@ -186,7 +186,9 @@ class Grpo(StageBase):
         None, gt=1, description="Cap on the ratio where the advantage is negative (dual clip)."
     )
     kl_weight: float = Field(0.0, ge=0, description="Weight of the KL penalty towards the stage's starting model.")
-    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="Schulman's estimators of that KL.")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(
+        "k3", description="Schulman's estimators of that KL: k2 and k3 in the loss, k1 in the reward."
+    )
     importance: Literal["truncate", "mask", "none"] = Field(
         "truncate",
         description="Correction for sampler and trainer disagreeing: weight exp(trainer - sampler) "
