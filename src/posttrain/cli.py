@@ -186,7 +186,7 @@ def _quietly(as_json: bool, work: Callable[[], T]) -> T:
 
 
 def _answer(as_json: bool, value: Row, text: Callable[[], str]) -> int:
-    print(json.dumps(value, indent=2, ensure_ascii=False) if as_json else text())
+    print(json.dumps(value, indent=2) if as_json else text())
     return 0
 
 
@@ -236,7 +236,7 @@ def _fail(argv: Sequence[str], code: int, message: str) -> int:
     print(f"error: {message}", file=sys.stderr)
     options = argv[: argv.index("--")] if "--" in argv else argv
     if "--json" in options:
-        print(json.dumps({"error": message, "exit": code}, ensure_ascii=False))
+        print(json.dumps({"error": message, "exit": code}))
     return code
 
 
