@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,3 +104,12 @@ class Artifact:
     kind: Literal["model", "adapter", "data"]
     path: Path
     digest: str
+
+
+def derive(seed: int, *names: str | int) -> int:
+    """The seed of one component: a 63-bit number from the run's seed and the component's name.
+
+    Components that do not share a generator cannot shift one another's random choices.
+    """
+    text = "/".join(map(str, (seed, *names)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from posttrain.forest.attention import NAME, Layout, Tree, attending, decoder, unsupported
+from posttrain.forest.attention import NAME, Tree, attending, decoder, unsupported
 from posttrain.forest.tree import Forest
 from posttrain.records import UserError
 
@@ -19,32 +19,50 @@ CHUNK = 512
 def token_logprobs(model: torch.nn.Module, forest: Forest, temperature: float = 1.0) -> Tensor:
     """[T] float32 (float64 for a float64 model): log pi(token | its path before it) in nats at the target tokens,
     0 elsewhere. Logits are divided by `temperature` first.
+    """
+    return _gather(model, hidden_states(model, forest), forest, temperature)
+
+
+def unrolled_logprobs(model: torch.nn.Module, forest: Forest, temperature: float = 1.0) -> Tensor:
+    """The same numbers, the plain way: the oracle of `token_logprobs`."""
+    return _gather(model, unrolled_hidden_states(model, forest), forest, temperature)
+
+
+def hidden_states(model: torch.nn.Module, forest: Forest) -> Tensor:
+    """[N, D]: for each of the forest's N target tokens the last hidden state of the token before it.
 
     A model that cannot attend over a forest is computed one sequence at a time instead, and a warning says so.
     """
     why = unsupported(model)
     if why is not None:
-        warnings.warn(f"one sequence at a time, without sharing: {why}", stacklevel=2)
-        return unrolled_logprobs(model, forest, temperature)
-    at_N = forest.target_T.nonzero().squeeze(1)
-    hidden_ND = hidden_states(model, forest)
-    return _scatter(_gather(model, hidden_ND, forest.ids_T[at_N], temperature), at_N, len(forest))
-
-
-def hidden_states(model: torch.nn.Module, forest: Forest, layout: Layout | None = None) -> Tensor:
-    """[N, D]: for each of the forest's N target tokens the last hidden state of the token before it."""
+        warnings.warn(f"one sequence at a time, without sharing: {why}", stacklevel=3)
+        return unrolled_hidden_states(model, forest)
     with attending(model, NAME):
         out_TD = (
             decoder(model)
             .get_decoder()(
-                input_ids=forest.ids_T[None],
-                position_ids=forest.position_T[None],
-                use_cache=False,
-                layout=layout or Tree(forest),
+                input_ids=forest.ids_T[None], position_ids=forest.position_T[None], use_cache=False, layout=Tree(forest)
             )
             .last_hidden_state[0]
         )
     return out_TD[forest.previous_T[forest.target_T]]
+
+
+def unrolled_hidden_states(model: torch.nn.Module, forest: Forest) -> Tensor:
+    """What `hidden_states` gives, from one forward pass for each leaf with the model's own attention."""
+    inner = {s.parent for s in forest.segments}
+    done_T, slot_T = ~forest.target_T, forest.target_T.cumsum(0) - 1
+    states, slots = [], []
+    for leaf in set(range(len(forest.segments))) - inner:
+        path = [forest.segments[i] for i in forest.path(leaf)]
+        at_L = torch.cat([torch.arange(s.start, s.stop) for s in path])
+        new_L = ~done_T[at_L]
+        done_T[at_L] = True
+        out_LD = decoder(model).get_decoder()(input_ids=forest.ids_T[at_L][None], use_cache=False).last_hidden_state[0]
+        states.append(out_LD[new_L.nonzero().squeeze(1) - 1])
+        slots.append(slot_T[at_L[new_L]])
+    states_ND = torch.cat(states)
+    return torch.zeros_like(states_ND).index_copy(0, torch.cat(slots), states_ND)
 
 
 def head(model: torch.nn.Module, hidden_ND: Tensor) -> Tensor:
@@ -75,34 +93,7 @@ def check_head(model: torch.nn.Module) -> None:
         )
 
 
-def unrolled_logprobs(model: torch.nn.Module, forest: Forest, temperature: float = 1.0) -> Tensor:
-    """The same numbers, the plain way: one forward pass for each leaf, with the model's own attention.
-
-    The oracle of `token_logprobs`, and what runs for models that cannot attend over a forest.
-    """
-    parents = {s.parent for s in forest.segments}
-    logps_T = None
-    done_T = ~forest.target_T
-    for leaf in range(len(forest.segments)):
-        if leaf in parents:
-            continue
-        path = [forest.segments[i] for i in forest.path(leaf)]
-        at_L = torch.cat([torch.arange(s.start, s.stop) for s in path])
-        new_L = ~done_T[at_L]
-        new_L[0] = False
-        done_T[at_L] = True
-        hidden_LD = (
-            decoder(model).get_decoder()(input_ids=forest.ids_T[at_L][None], use_cache=False).last_hidden_state[0]
-        )
-        at_N = at_L[new_L]
-        before_N = new_L.nonzero().squeeze(1) - 1
-        part_T = _scatter(_gather(model, hidden_LD[before_N], forest.ids_T[at_N], temperature), at_N, len(forest))
-        logps_T = part_T if logps_T is None else logps_T + part_T
-    assert logps_T is not None
-    return logps_T
-
-
-def _gather(model: torch.nn.Module, hidden_ND: Tensor, ids_N: Tensor, temperature: float) -> Tensor:
+def _gather(model: torch.nn.Module, hidden_ND: Tensor, forest: Forest, temperature: float) -> Tensor:
     def chunk(hidden_CD: Tensor, ids_C: Tensor) -> Tensor:
         logits_CV = head(model, hidden_CD)
         logits_CV = logits_CV if logits_CV.dtype == torch.float64 else logits_CV.float()
@@ -110,12 +101,11 @@ def _gather(model: torch.nn.Module, hidden_ND: Tensor, ids_N: Tensor, temperatur
             logits_CV = logits_CV / temperature
         return logits_CV.gather(1, ids_C[:, None]).squeeze(1) - logits_CV.logsumexp(1)
 
-    parts = [
-        checkpoint(chunk, hidden, ids, use_reentrant=False) if torch.is_grad_enabled() else chunk(hidden, ids)
-        for hidden, ids in zip(hidden_ND.split(CHUNK), ids_N.split(CHUNK), strict=True)
-    ]
-    return torch.cat(parts) if parts else hidden_ND.sum(1).float()
-
-
-def _scatter(logps_N: Tensor, at_N: Tensor, length: int) -> Tensor:
-    return torch.zeros(length, dtype=logps_N.dtype).index_copy(0, at_N, logps_N)
+    at_N = forest.target_T.nonzero().squeeze(1)
+    logps_N = torch.cat(
+        [
+            checkpoint(chunk, hidden, ids, use_reentrant=False) if torch.is_grad_enabled() else chunk(hidden, ids)
+            for hidden, ids in zip(hidden_ND.split(CHUNK), forest.ids_T[at_N].split(CHUNK), strict=True)
+        ]
+    )
+    return torch.zeros(len(forest), dtype=logps_N.dtype).index_copy(0, at_N, logps_N)

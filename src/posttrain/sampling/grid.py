@@ -23,7 +23,7 @@ class Prefill(Tree):
         super().__init__(forest)
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **how) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **how) -> Tensor:
         self.kept[layer] = (key[0], value[0])
         return super().attend(layer, query, key, value, **how)
 

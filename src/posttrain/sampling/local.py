@@ -18,7 +18,7 @@ from torch import Tensor
 from posttrain.forest.attention import NAME, Layout, attending, decoder, unsupported
 from posttrain.forest.logprobs import head
 from posttrain.forest.tree import Row, pack
-from posttrain.models.cost import forward_flops
+from posttrain.models.cost import forward_flops_per_token
 from posttrain.models.policy import Policy
 from posttrain.recipe.schema import Sampling
 from posttrain.records import Example, Ledger, Rollout, UserError
@@ -99,7 +99,12 @@ class LocalSampler:
             prompt_tokens=computed,
             cached_tokens=sum(len(prompt) * n for prompt in ids) - computed,
             generated_tokens=generated,
-            flops=forward_flops(decoder(self.policy.model).config, computed + generated, generated),
+            flops=(computed + generated)
+            * forward_flops_per_token(
+                self.policy.model.config,
+                context=max(len(ids[w.prompt]) + len(w.ids) for w in writing),
+                targets=generated / (computed + generated),
+            ),
             seconds=time.perf_counter() - began,
         )
         return rollouts, ledger

@@ -1,0 +1,153 @@
+"""Group-relative policy optimisation: sample a group, score it, move towards what scored above its group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from posttrain.credit.advantages import group_advantages
+from posttrain.data.prepare import Prepared, schedule
+from posttrain.forest import Forest, Row
+from posttrain.losses import (
+    Counts,
+    clipped_share,
+    importance,
+    kl,
+    policy_gradient,
+    reduce_tokens,
+)
+from posttrain.losses.policy import ratio
+from posttrain.models.policy import Policy
+from posttrain.recipe.schema import Grpo
+from posttrain.records import Example, Score, derive
+from posttrain.sampling.protocol import Sampler
+from posttrain.training.batch import Batch, frozen_logprobs
+
+
+class GrpoMethod:
+    """Rollouts are drawn every `iterations` steps. Groups without signal are not computed.
+
+    Departures from Shao et al.: the defaults of `aggregate` and the KL weight are DAPO's; sampler and trainer are
+    kept apart by an importance weight; k1, whose gradient as a loss is 0 in expectation, is a penalty in the reward.
+    """
+
+    now: Batch
+    """The batch in use, for `iterations` steps."""
+
+    def __init__(
+        self,
+        stage: Grpo,
+        data: Prepared,
+        policy: Policy,
+        sampler: Sampler,
+        score: Callable[[Example, str], Score],
+        seed: int,
+    ) -> None:
+        self.stage, self.data, self.policy, self.sampler, self.score, self.seed = (
+            stage, data, policy, sampler, score, seed,
+        )  # fmt: skip
+        self.temperature = stage.sampling.temperature or 1.0
+        self.period = stage.iterations
+        slots = math.ceil(stage.steps / stage.iterations) * stage.batch_size
+        self.order = schedule([len(rows) for rows in data.rows], data.weights, slots, derive(seed, stage.id, "order"))
+        self.reference = policy.snapshot() if stage.kl_weight else None
+
+    def batch(self, step: int) -> Batch:
+        if step % self.period:
+            return Batch(self.now.rows, self.now.units, self.now.counts)
+        stage = self.stage
+        first = step // self.period * stage.batch_size
+        prompts = [self.data.rows[s][i].example for s, i in self.order[first : first + stage.batch_size]]
+        rollouts, ledger = self.sampler(prompts, stage.n, stage.sampling, derive(self.seed, stage.id, "step", step))
+        scores = [self.score(r.example, r.text) for r in rollouts]
+        rewards_PG = torch.tensor([math.nan if s.value is None else s.value for s in scores], dtype=torch.float64).view(
+            len(prompts), stage.n
+        )
+        advantages_PG = group_advantages(rewards_PG, std=stage.baseline_std, eps=stage.std_eps)
+        # Under a KL penalty a group without signal still has something to say: it may have moved.
+        live = [i for i, a in enumerate(advantages_PG.flatten().tolist()) if a != 0 or self.reference is not None]
+
+        rows = tuple(Row(rollouts[i].prompt_ids, rollouts[i].ids, (True,) * len(rollouts[i].ids)) for i in live)
+        self.advantages = [advantages_PG.flatten()[i].item() for i in live]
+        self.behaviour = [rollouts[i].logps for i in live]
+        self.old: list[list[float] | None] = [None] * len(rows)
+        self.references = None
+        if self.reference is not None and rows:
+            with self.policy.swapped(self.reference):
+                self.references = frozen_logprobs(self.policy.model, rows, stage.tokens_per_forward, self.temperature)
+
+        # The denominators count the groups without signal too: a zero is an answer, not an absence.
+        counts = Counts(tokens=sum(len(r.ids) for r in rollouts), sequences=len(rollouts))
+        values = rewards_PG[~rewards_PG.isnan()]
+        metrics = {
+            "reward": values.mean().item() if len(values) else math.nan,
+            "signal": (advantages_PG != 0).any(1).double().mean().item(),
+            "length": counts.tokens / counts.sequences,
+            "unparsed": sum(s.outcome == "unparsed" for s in scores) / len(scores),
+            "unscored": sum(s.value is None for s in scores) / len(scores),
+            "truncated": sum(r.finish == "length" for r in rollouts) / len(rollouts),
+            "entropy": -sum(sum(r.logps) for r in rollouts) / counts.tokens,
+        }
+        samples = tuple(
+            {
+                "prompt": str(r.example.prompt[-1]["content"]),
+                "text": r.text,
+                "score": s.value,
+                "outcome": s.outcome,
+            }
+            for r, s in zip(rollouts[:2], scores[:2], strict=True)
+        )
+        self.now = Batch(rows, tuple((i,) for i in range(len(rows))), counts, metrics, samples, ledger)
+        return self.now
+
+    def loss(
+        self, batch: Batch, rows: Sequence[int], forest: Forest, logps_T: Tensor
+    ) -> tuple[Tensor, dict[str, float]]:
+        stage, target_T, sequence_T = self.stage, forest.target_T, forest.sequence_T.clamp(min=0)
+        for i, (start, stop) in zip(rows, forest.spans, strict=True):
+            if self.old[i] is None:  # first use: these are the weights that sampled
+                self.old[i] = logps_T[start:stop].tolist()
+        fresh = self.now is batch
+        old_T = logps_T.detach() if fresh else forest.spread([self.old[i] or [] for i in rows]).to(logps_T.dtype)
+        behaviour_T = forest.spread([self.behaviour[i] for i in rows]).to(logps_T.dtype)
+        advantages_T = forest.spread([self.advantages[i] for i in rows]).to(logps_T.dtype)
+        clip = {"clip_low": stage.clip_low, "clip_high": stage.clip_high, "ratio_cap": stage.ratio_cap}
+
+        stats: dict[str, float] = {}
+        penalty_T = None
+        if self.references is not None:
+            reference_T = forest.spread([self.references[i] for i in rows]).to(logps_T.dtype)
+            penalty_T = kl(logps_T, reference_T, target_T, stage.kl_estimator)
+            stats["kl"] = reduce_tokens(penalty_T.detach(), target_T, batch.counts).item()
+            if stage.kl_estimator == "k1":
+                old_kl_T = kl(old_T, reference_T, target_T, "k1")
+                advantages_T, penalty_T = advantages_T - stage.kl_weight * old_kl_T, None
+        correction_T = importance(old_T, behaviour_T, target_T, how=stage.importance, cap=stage.importance_cap)
+        loss_T = correction_T * policy_gradient(
+            logps_T, old_T, advantages_T, target_T, sequence_T, level=stage.ratio, **clip
+        )
+        apart_T = (old_T - behaviour_T)[target_T].exp()
+        moved_T = ratio(logps_T.detach(), old_T, target_T, sequence_T, stage.ratio)[target_T]
+        stats |= {
+            "mismatch_min": apart_T.min().item(),
+            "mismatch_max": apart_T.max().item(),
+            "ratio_min": moved_T.min().item(),
+            "ratio_max": moved_T.max().item(),
+            "clipped": clipped_share(
+                logps_T, old_T, advantages_T, target_T, sequence_T, batch.counts, level=stage.ratio, **clip
+            ).item(),
+        }
+        if penalty_T is not None:
+            loss_T = loss_T + stage.kl_weight * penalty_T
+        loss = reduce_tokens(
+            loss_T,
+            target_T,
+            batch.counts,
+            how=stage.aggregate,
+            sequence_T=sequence_T,
+            constant=stage.sampling.max_new_tokens,
+        )
+        return loss, stats
