@@ -20,6 +20,7 @@ ORDER = (
     "sampling",
     "rewards",
     "training",
+    "door",
     "evals",
     "monitors",
     "report",

@@ -6,6 +6,9 @@ import math
 import random
 from collections.abc import Sequence
 
+from posttrain.credit.batch import groups
+from posttrain.records import Rollout, Score
+
 
 def best_and_worst(scores: Sequence[float | None], rng: random.Random) -> tuple[int, int] | None:
     """Indices of a best-scored and a worst-scored completion of one prompt, ties broken by `rng`.
@@ -19,3 +22,13 @@ def best_and_worst(scores: Sequence[float | None], rng: random.Random) -> tuple[
     best = [i for i, score in scored.items() if score == max(scored.values())]
     worst = [i for i, score in scored.items() if score == min(scored.values())]
     return rng.choice(best), rng.choice(worst)
+
+
+def pairs(rollouts: Sequence[Rollout], scores: Sequence[Score], rng: random.Random) -> list[tuple[int, int]]:
+    """For each prompt whose completions differ in score, the indices of a best and a worst of them."""
+    found = []
+    for group in groups(rollouts):
+        pair = best_and_worst([scores[i].value for i in group], rng)
+        if pair is not None:
+            found.append((group[pair[0]], group[pair[1]]))
+    return found

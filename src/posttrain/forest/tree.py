@@ -114,7 +114,8 @@ def grow(nodes: Iterable[tuple[Sequence[int], Sequence[bool], int]], leaves: Seq
     sequence_T = torch.full((len(ids),), -1)
     for row, (start, stop) in enumerate(spans):
         sequence_T[start:stop] = row
-    return Forest(torch.tensor(ids), torch.tensor(target), tuple(segments), sequence_T, spans)
+    ids_T, target_T = torch.tensor(ids, dtype=torch.long), torch.tensor(target, dtype=torch.bool)
+    return Forest(ids_T, target_T, tuple(segments), sequence_T, spans)
 
 
 def pack(rows: Sequence[Row]) -> Forest:

@@ -14,7 +14,7 @@ from torch import Tensor
 from posttrain.losses.kl import kl
 from posttrain.losses.policy import clipped_share, importance, policy_gradient, ratio
 from posttrain.losses.preference import dpo
-from posttrain.losses.reduce import Counts, reduce_pairs, reduce_tokens, segment_sum
+from posttrain.losses.reduce import Counts, reduce, reduce_pairs, reduce_tokens, segment_sum
 from posttrain.losses.sft import nll
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "nll",
     "policy_gradient",
     "ratio",
+    "reduce",
     "reduce_pairs",
     "reduce_tokens",
     "segment_sum",

@@ -7,7 +7,7 @@ its part of the step's loss, and the parts add up to the loss of one big batch, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -83,6 +83,22 @@ def reduce_tokens(
             raise ValueError(f"reduce_tokens: how='constant' needs a positive constant, not {constant}")
         return masked(loss_T, target_T).sum() / (max(counts.sequences, 1) * constant)
     raise ValueError(f"reduce_tokens: how is token, sequence or constant, not {how!r}")
+
+
+class Counted(Protocol):
+    """Tokens that know which of them carry loss, whose they are, and what their loss is divided by."""
+
+    @property
+    def target_T(self) -> Tensor: ...
+    @property
+    def sequence_T(self) -> Tensor: ...
+    @property
+    def counts(self) -> Counts: ...
+
+
+def reduce(loss_T: Tensor, batch: Counted, *, how: Aggregate = "token", constant: float | None = None) -> Tensor:
+    """`reduce_tokens` of a batch."""
+    return reduce_tokens(loss_T, batch.target_T, batch.counts, how=how, sequence_T=batch.sequence_T, constant=constant)
 
 
 def reduce_pairs(loss_P: Tensor, counts: Counts) -> Tensor:
