@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import resource
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 
 from posttrain.forest import Forest, pack, split, token_logprobs
 from posttrain.models.cost import training_flops_per_token
+from posttrain.models.disk import write_text
 from posttrain.models.policy import Policy
 from posttrain.recipe.schema import StageBase
 from posttrain.records import Ledger, UserError, derive
@@ -27,7 +30,7 @@ TIMES = ("seconds", "tokens_per_second")
 
 
 class NonFinite(UserError):
-    """A loss or gradient was NaN or infinite."""
+    """A loss, a gradient or an updated weight was NaN or infinite."""
 
 
 def train(
@@ -45,63 +48,62 @@ def train(
     the CPU a run that was killed and continued has the weights of one that was not, bit for bit.
 
     Raises:
-        NonFinite: with `nonfinite: stop`; the last checkpoint is from before it.
+        NonFinite: a loss or gradient with `nonfinite: stop`, a weight always; the last checkpoint is from before it.
         UserError: the folder cannot be written.
     """
     parameters = policy.parameters()
     optimizer = adamw(parameters.items(), stage.optim)
     checkpoints = folder / "checkpoints"
     start, ledger = _restore(checkpoints, policy, optimizer, warn)
-    _keep_before(folder / "metrics.jsonl", start)
-    _keep_before(folder / "samples.jsonl", start)
+    metrics_path, samples_path = folder / "metrics.jsonl", folder / "samples.jsonl"
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _keep_before(metrics_path, start)
+        _keep_before(samples_path, start)
     saved = start
-    with (
-        open(folder / "metrics.jsonl", "a", encoding="utf-8") as metrics_file,
-        open(folder / "samples.jsonl", "a", encoding="utf-8") as samples_file,
-        policy.adapter_dropout(),
-    ):
-        for step in range(start, stage.steps):
-            began = time.perf_counter()
-            torch.manual_seed(derive(seed, stage.id, "dropout", step))
-            batch = method.batch(step)
-            lr = learning_rate(step, stage.steps, stage.optim)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+    for step in range(start, stage.steps):
+        began = time.perf_counter()
+        batch = method.batch(step)
+        lr = learning_rate(step, stage.steps, stage.optim)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        torch.manual_seed(derive(seed, stage.id, "dropout", step))
+        with policy.adapter_dropout():  # here only: what is sampled or referred to is the policy, not a thinned one
             found, cost = _gradient(policy, method, batch, stage)
-            norm = clip(parameters.values(), stage.optim.max_grad_norm).item()
-            finite = math.isfinite(found["loss"]) and math.isfinite(norm)
-            if not finite and stage.nonfinite == "stop":
-                raise _nonfinite(folder, stage, step, found["loss"], norm, batch)
-            if finite and batch.rows:
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        norm = clip(parameters.values(), stage.optim.max_grad_norm).item()
+        finite = math.isfinite(found["loss"]) and math.isfinite(norm)
+        if not finite and stage.nonfinite == "stop":
+            raise _nonfinite(folder, stage, step, f"loss {found['loss']}, gradient norm {norm}", batch)
+        if finite and batch.rows:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if not all(p.isfinite().all() for p in parameters.values()):  # then skipping helps no more
+            raise _nonfinite(folder, stage, step, "weights are NaN or infinite after it", batch)
 
-            seconds = time.perf_counter() - began
-            ledger += batch.ledger + cost + Ledger(seconds=seconds - batch.ledger.seconds)
-            tokens = cost.trained_tokens + batch.ledger.generated_tokens
-            row = {
-                "step": step,
-                **found,
-                "lr": lr,
-                "grad_norm": norm,
-                **batch.metrics,
-                "tokens": tokens,
-                "skipped": int(not finite),
-                "tokens_per_second": tokens / seconds,
-                "seconds": seconds,
-            }
-            metrics_file.write(_line(row))
-            for sample in batch.samples:
-                samples_file.write(_line({"step": step, **sample}))
-            on_step(row)
-            done = step + 1
-            if done % method.period == 0 and done - saved >= stage.checkpoint_every and done < stage.steps:
-                metrics_file.flush()
-                samples_file.flush()
-                tensors = {f"weights/{name}": p.detach() for name, p in parameters.items()}
-                tensors |= {f"optimizer/{name}": t for name, t in state_tensors(optimizer).items()}
-                checkpoint.save(checkpoints, done, tensors, {"ledger": asdict(ledger)})
-                saved = done
+        seconds = time.perf_counter() - began
+        ledger += batch.ledger + cost + Ledger(seconds=seconds - batch.ledger.seconds)
+        tokens = cost.trained_tokens + batch.ledger.generated_tokens
+        row = {
+            "step": step,
+            **found,
+            "lr": lr,
+            "grad_norm": norm,
+            **batch.metrics,
+            "tokens": tokens,
+            "skipped": int(not finite),
+            "tokens_per_second": tokens / seconds,
+            "seconds": seconds,
+        }
+        with _writing(folder):  # closed after each step: a checkpoint is never ahead of its rows
+            _append(metrics_path, [row])
+            _append(samples_path, ({"step": step, **sample} for sample in batch.samples))
+        on_step(row)
+        done = step + 1
+        if done % method.period == 0 and done - saved >= stage.checkpoint_every and done < stage.steps:
+            tensors = {f"weights/{name}": p.detach() for name, p in parameters.items()}
+            tensors |= {f"optimizer/{name}": t for name, t in state_tensors(optimizer).items()}
+            checkpoint.save(checkpoints, done, tensors, {"ledger": asdict(ledger)})
+            saved = done
     return ledger
 
 
@@ -149,8 +151,8 @@ def _restore(
     step, tensors, state = found
     parameters = policy.parameters()
     weights = {name.removeprefix("weights/"): t for name, t in tensors.items() if name.startswith("weights/")}
-    if weights.keys() != parameters.keys():
-        raise UserError(f"{checkpoints}: holds the weights of another model; choose another --out")
+    if _forms(weights) != _forms(parameters):
+        raise UserError(f"{checkpoints}: holds the weights of another model or adapter; choose another --out")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
@@ -161,37 +163,62 @@ def _restore(
     return step, Ledger(**state["ledger"])
 
 
+def _forms(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (t.shape, t.dtype) for name, t in tensors.items()}
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """What the disk refuses, said as the user's error it is."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror}). Make room or choose another --out, then run the same "
+            "command: checkpoints are intact"
+        ) from error
+
+
 def _keep_before(path: Path, step: int) -> None:
     """Drop the rows of steps that will be taken again, and a line that a kill left half written."""
-    if not path.exists():
-        return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
-            if json.loads(line)["step"] < step:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError, TypeError):
+            row = json.loads(line)
+        except ValueError:
             continue
-    path.write_text("".join(kept), encoding="utf-8")
+        if row["step"] < step:
+            kept.append(line.decode() + "\n")
+    write_text(path, "".join(kept))
+
+
+def _append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(map(_line, rows))
 
 
 def _line(row: dict[str, Any]) -> str:
-    """JSON knows no NaN: what could not be measured is null."""
+    """JSON knows no NaN: what could not be measured is null. ASCII, for what a model writes may break a line."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    return json.dumps(clean, ensure_ascii=False) + "\n"
+    return json.dumps(clean) + "\n"
 
 
-def _nonfinite(folder: Path, stage: StageBase, step: int, loss: float, norm: float, batch: Batch) -> NonFinite:
+def _nonfinite(folder: Path, stage: StageBase, step: int, what: str, batch: Batch) -> NonFinite:
     """The batch is kept for whoever wants to know why."""
     path = folder / f"nonfinite-step-{step}.json"
     rows = [{"context": r.context, "completion": r.completion, "target": r.target} for r in batch.rows]
-    path.write_text(json.dumps({"step": step, "loss": str(loss), "grad_norm": str(norm), "rows": rows}))
+    try:
+        write_text(path, json.dumps({"step": step, "what": what, "rows": rows}))
+        kept = f"its batch is in {path}"
+    except UserError as error:
+        kept = f"its batch is lost: {error}"
     return NonFinite(
-        f"stage {stage.id!r}, step {step}: loss {loss}, gradient norm {norm}. The weights before this step are safe; "
-        f"its batch is in {path}. Lower optim.lr, or set nonfinite: skip to pass over such steps, and choose another --out"
+        f"stage {stage.id!r}, step {step}: {what}. Checkpoints are from before this step; {kept}. Lower optim.lr, or "
+        "set nonfinite: skip to pass over steps whose loss or gradient is not finite, and choose another --out"
     )
 
 
 def peak_memory() -> int:
     """Most memory the process has held so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
