@@ -42,9 +42,10 @@ class DpoMethod:
     period = 1
 
     def __init__(self, stage: Dpo, data: Prepared, seed: int, pairs: list[list[Pair]]) -> None:
-        self.stage, self.pairs = stage, pairs
-        slots = stage.steps * stage.batch_size
-        self.order = schedule([len(p) for p in pairs], data.weights, slots, derive(seed, stage.id, "order"))
+        some = [s for s, part in enumerate(pairs) if part]  # a source that gave no pair leaves the mixture
+        self.stage, self.pairs = stage, [pairs[s] for s in some]
+        weights, slots = [data.weights[s] for s in some], stage.steps * stage.batch_size
+        self.order = schedule([len(part) for part in self.pairs], weights, slots, derive(seed, stage.id, "order"))
 
     def batch(self, step: int) -> Batch:
         size = self.stage.batch_size
@@ -147,7 +148,7 @@ def pairs_on_policy(
     facts = {
         "prompts": how.prompts,
         "pairs": sum(map(len, made)),
-        "correct": sum(s.value or 0.0 for s in scores) / len(scores),
+        "correct": sum(s.outcome == "correct" for s in scores) / len(scores),
     }
     return [_referenced(policy, stage, part) for part in made], ledger, facts
 
