@@ -17,9 +17,9 @@ from posttrain.losses import (
     importance,
     kl,
     policy_gradient,
+    ratio,
     reduce_tokens,
 )
-from posttrain.losses.policy import ratio
 from posttrain.models.policy import Policy
 from posttrain.recipe.schema import Grpo
 from posttrain.records import Example, Score, derive
@@ -49,7 +49,7 @@ class GrpoMethod:
         self.stage, self.data, self.policy, self.sampler, self.score, self.seed = (
             stage, data, policy, sampler, score, seed,
         )  # fmt: skip
-        self.temperature = stage.sampling.temperature or 1.0
+        self.temperature = stage.sampling.temperature
         self.period = stage.iterations
         slots = math.ceil(stage.steps / stage.iterations) * stage.batch_size
         self.order = schedule([len(rows) for rows in data.rows], data.weights, slots, derive(seed, stage.id, "order"))
@@ -67,8 +67,9 @@ class GrpoMethod:
             len(prompts), stage.n
         )
         advantages_PG = group_advantages(rewards_PG, std=stage.baseline_std, eps=stage.std_eps)
+        scored = (~rewards_PG.isnan()).flatten().nonzero().flatten().tolist()
         # Under a KL penalty a group without signal still has something to say: it may have moved.
-        live = [i for i, a in enumerate(advantages_PG.flatten().tolist()) if a != 0 or self.reference is not None]
+        live = [i for i in scored if advantages_PG.flatten()[i] != 0 or self.reference is not None]
 
         rows = tuple(Row(rollouts[i].prompt_ids, rollouts[i].ids, (True,) * len(rollouts[i].ids)) for i in live)
         self.advantages = [advantages_PG.flatten()[i].item() for i in live]
@@ -79,17 +80,18 @@ class GrpoMethod:
             with self.policy.swapped(self.reference):
                 self.references = frozen_logprobs(self.policy.model, rows, stage.tokens_per_forward, self.temperature)
 
-        # The denominators count the groups without signal too: a zero is an answer, not an absence.
-        counts = Counts(tokens=sum(len(r.ids) for r in rollouts), sequences=len(rollouts))
+        # The denominators count the groups without signal too, for a zero is an answer, but not what is unscored.
+        counts = Counts(tokens=sum(len(rollouts[i].ids) for i in scored), sequences=len(scored))
+        generated = sum(len(r.ids) for r in rollouts)
         values = rewards_PG[~rewards_PG.isnan()]
         metrics = {
             "reward": values.mean().item() if len(values) else math.nan,
             "signal": (advantages_PG != 0).any(1).double().mean().item(),
-            "length": counts.tokens / counts.sequences,
+            "length": generated / len(rollouts),
             "unparsed": sum(s.outcome == "unparsed" for s in scores) / len(scores),
-            "unscored": sum(s.value is None for s in scores) / len(scores),
+            "unscored": 1 - len(scored) / len(scores),
             "truncated": sum(r.finish == "length" for r in rollouts) / len(rollouts),
-            "entropy": -sum(sum(r.logps) for r in rollouts) / counts.tokens,
+            "entropy": -sum(sum(r.logps) for r in rollouts) / generated,
         }
         samples = tuple(
             {
