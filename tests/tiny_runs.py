@@ -1,0 +1,168 @@
+"""Small data sets, stages and runs of every method over a tiny model, for the tests of training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import tiny_policy, tiny_tokenizer
+
+from posttrain.data.chat import Rendered, Renderer
+from posttrain.data.prepare import Prepared
+from posttrain.models.policy import Policy
+from posttrain.recipe.schema import Dpo, Grpo, Lora, Sft, StageBase
+from posttrain.records import Example, Ledger, Score
+from posttrain.sampling.local import LocalSampler
+from posttrain.training.batch import Method
+from posttrain.training.dpo import DpoMethod, pairs_from_data, pairs_on_policy, read_pairs, write_pairs
+from posttrain.training.grpo import GrpoMethod
+from posttrain.training.loop import TIMES, train
+from posttrain.training.sft import SftMethod
+
+SEED = 3
+QUESTIONS = (
+    "What is 12 and 30?",
+    "Is it far?",
+    "The quick brown fox",
+    "Two hours",
+    "If a train leaves at 9, when?",
+    "A",
+)
+ANSWERS = (
+    "42.",
+    "No, it is not far at all.",
+    "jumps over the lazy dog\u2028and \x85 sleeps ü.",
+    "Yes",
+    "At 11.",
+    "b c",
+)
+RENDERER = Renderer(tiny_tokenizer())
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def prepared(examples: Sequence[Example], *more: Sequence[Example]) -> Prepared:
+    """Rendered without checks; each sequence of examples is a source of weight 1."""
+    sources = (examples, *more)
+    rows = tuple(tuple(row for e in source for row in _rendered(e)) for source in sources)
+    return Prepared(rows, (1.0,) * len(sources), {})
+
+
+def _rendered(example: Example) -> tuple[Rendered, ...]:
+    if example.completion or example.text is not None:
+        return RENDERER.render(example)
+    return (Rendered(example, RENDERER.prompt_ids(example)),)
+
+
+def asked() -> list[Example]:
+    return [Example(f"q:{i}", (turn("user", q),), task="toy") for i, q in enumerate(QUESTIONS)]
+
+
+def answered() -> list[Example]:
+    """Ragged: short and long answers, a conversation with context between its answers, and raw text."""
+    plain = [
+        Example(f"a:{i}", (turn("user", q),), (turn("assistant", a),))
+        for i, (q, a) in enumerate(zip(QUESTIONS, ANSWERS, strict=True))
+    ]
+    turns = (turn("assistant", "Two."), turn("user", "And of 1, 2 and 3?"), turn("assistant", "Six, it is six."))
+    return [*plain, Example("a:turns", (turn("user", "The sum of 1 and 1?"),), turns), Example("a:text", text="A fox.")]
+
+
+def paired() -> list[Example]:
+    return [
+        Example(f"p:{i}", (turn("user", q),), (turn("assistant", a),), (turn("assistant", ANSWERS[i - 1][::-1]),))
+        for i, (q, a) in enumerate(zip(QUESTIONS, ANSWERS, strict=True))
+    ]
+
+
+def lengths(example: Example, text: str) -> Score:
+    """A toy reward that even a random model's answers differ in."""
+    value = len(text) % 3 / 2
+    return Score(value, "correct" if value == 1 else "wrong")
+
+
+OPTIM = {"lr": 1e-2, "schedule": "cosine", "weight_decay": 0.1}
+STAGES: dict[str, tuple[type[StageBase], dict[str, Any]]] = {
+    "sft": (Sft, {"kind": "sft"}),
+    "dpo": (Dpo, {"kind": "dpo"}),
+    "dpo on-policy": (Dpo, {"kind": "dpo", "on_policy": {"n": 4, "prompts": 6, "max_new_tokens": 6}}),
+    "grpo": (Grpo, {"kind": "grpo", "n": 4, "sampling": {"max_new_tokens": 6}, "kl_weight": 0.1}),
+    "grpo twice": (Grpo, {"kind": "grpo", "n": 4, "sampling": {"max_new_tokens": 6}, "iterations": 2}),
+}
+
+
+def stage_of(name: str, **settings: Any) -> Any:
+    kind, own = STAGES[name]
+    common = {"id": "toy", "data": {"sources": [{"source": "unused.jsonl"}]}, "steps": 8, "batch_size": 2}
+    optim = {**OPTIM, **settings.pop("optim", {})}
+    return kind.model_validate({**common, "tokens_per_forward": 64, "optim": optim, **own, **settings})
+
+
+def sft(stage: Sft, data: Prepared | None = None) -> SftMethod:
+    return SftMethod(stage, data or prepared(answered()), SEED)
+
+
+def dpo(policy: Policy, stage: Dpo, folder: Path | None = None, data: Prepared | None = None) -> DpoMethod:
+    """Pairs from the data; on-policy pairs are kept in `folder`, and read from it the next time."""
+    if stage.on_policy is None:
+        data = data or prepared(paired())
+        return DpoMethod(stage, data, SEED, pairs_from_data(policy, stage, data))
+    assert folder is not None
+    data = data or prepared(asked())
+    path = folder / "pairs.jsonl"
+    if not path.exists():
+        pairs, _, _ = pairs_on_policy(policy, stage, data, LocalSampler(policy, RENDERER), lengths, SEED)
+        write_pairs(path, pairs)
+    return DpoMethod(stage, data, SEED, read_pairs(path, len(data.rows)))
+
+
+def grpo(
+    policy: Policy,
+    stage: Grpo,
+    score: Callable[[Example, str], Score] = lengths,
+    sampler: Any = None,
+    data: Prepared | None = None,
+) -> GrpoMethod:
+    sampler = sampler or LocalSampler(policy, RENDERER)
+    return GrpoMethod(stage, data or prepared(asked()), policy, sampler, score, SEED)
+
+
+def method_of(name: str, policy: Policy, stage: Any, folder: Path | None = None) -> Method:
+    if name == "sft":
+        return sft(stage)
+    return dpo(policy, stage, folder) if name.startswith("dpo") else grpo(policy, stage)
+
+
+def run(
+    name: str,
+    folder: Path,
+    adapter: Lora | None = None,
+    on_step: Callable[[dict[str, Any]], None] = lambda row: None,
+    change: Callable[[Method, Policy], None] = lambda method, policy: None,
+    **settings: Any,
+) -> tuple[Policy, Ledger]:
+    """Everything built anew, as a command would, and trained; `change` may tamper before the first step."""
+    policy = tiny_policy(adapter=adapter)
+    stage = stage_of(name, **settings)
+    method = method_of(name, policy, stage, folder)
+    change(method, policy)
+    return policy, train(policy, method, stage, folder, SEED, on_step)
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The rows of a .jsonl file without what a clock says; JSON has no NaN, so none is taken."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    rows = [json.loads(line, parse_constant=refuse) for line in path.read_bytes().splitlines()]
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
