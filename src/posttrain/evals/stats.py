@@ -63,9 +63,7 @@ def wilson(k: int, n: int, level: float = 0.95) -> Interval:
     return Interval(0.0 if k == 0 else centre - half, 1.0 if k == n else centre + half)
 
 
-def mean_interval(
-    values: ArrayLike, clusters: Sequence[Hashable] | None = None, level: float = 0.95
-) -> Interval:
+def mean_interval(values: ArrayLike, clusters: Sequence[Hashable] | None = None, level: float = 0.95) -> Interval:
     """Student-t interval of the mean of `values`.
 
     `clusters` names what each item shares with others (a document, a template): the standard error is then
@@ -190,9 +188,7 @@ def bootstrap(
 
 def _samples(n: int, c: int, k: int) -> None:
     if not (0 <= c <= n and 1 <= k <= n):
-        raise ValueError(
-            f"need 0 <= correct <= samples and 1 <= k <= samples, not correct={c}, samples={n}, k={k}"
-        )
+        raise ValueError(f"need 0 <= correct <= samples and 1 <= k <= samples, not correct={c}, samples={n}, k={k}")
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

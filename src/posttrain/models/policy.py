@@ -312,7 +312,8 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return next((i for i in tail if i in special), None)
 
 
-def _set_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+def with_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    """Give the tokenizer another chat template: `chatml`, or a Jinja file."""
     if template == "chatml":
         text = CHATML
     else:
@@ -407,7 +408,7 @@ def _tokenizer(folder: Path, chat_template: str | None) -> PreTrainedTokenizerBa
     with _explained(folder), quiet():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if chat_template is not None:
-        _set_template(tokenizer, chat_template)
+        with_template(tokenizer, chat_template)
     return tokenizer
 
 

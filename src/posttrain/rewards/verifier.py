@@ -134,7 +134,8 @@ def reasoning_gym(example: Example, text: str) -> Score:
     if len(answer) > MAX_ANSWER or _HUGE_EXPONENT.search(answer):
         return Score(0.0, "unparsed", None, "no answer of a sensible size")
     if _NUMBER.fullmatch(gold) and not _NUMBER.fullmatch(answer):
-        return Score(0.0, "unparsed", None, "not a single number")
+        numbers = _NUMBER.findall(answer)
+        return Score(0.0, "unparsed", numbers[-1] if numbers else None, "prose, of which this is the last number")
     name = str(example.task).removeprefix(tasks.PREFIX)
     if name in EVALUATED:
         allowed = EVALUATED[name]

@@ -1,0 +1,99 @@
+"""What goes wrong in public and can be seen in a run's numbers: drift, forgetting, dead groups, length, mismatch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+Row = dict[str, Any]
+
+DRIFT = 0.5
+"""Nats per token of KL from the base on general prompts, above which a reader should look."""
+UNPARSED = 0.02
+SIGNAL = 0.2
+"""Share of groups with signal, below which most sampling is wasted."""
+MISMATCH = 1.05
+"""Ratio of trainer's to sampler's probability of a token, either way up."""
+LENGTH = 1.5
+"""Growth of the mean completion, last fifth of the steps against the first."""
+
+
+def watch_stage(stage: str, kind: str, metrics: Sequence[Row]) -> list[Row]:
+    """What one stage's `metrics.jsonl` shows."""
+    found = []
+    if skipped := sum(m.get("skipped", 0) for m in metrics):
+        found.append(
+            _row("skipped steps", stage, skipped, 0, skipped <= 0, "steps whose loss or gradient was not finite")
+        )
+    if kind == "dpo":
+        fall = _end(metrics, "chosen_logp") - _start(metrics, "chosen_logp")
+        text = "change of the chosen answers' log-probability; DPO can lower both sides (an NLL term guards it)"
+        found.append(_row("chosen log-probability", stage, fall, -1.0, fall >= -1.0, text))
+    if kind == "grpo":
+        signal = float(np.mean(_values(metrics, "signal")))
+        text = "mean share of groups whose answers scored differently; the others teach nothing"
+        found.append(_row("groups with signal", stage, signal, SIGNAL, signal >= SIGNAL, text))
+        apart = [*_values(metrics, "mismatch_max"), *(1 / v for v in _values(metrics, "mismatch_min"))]
+        if apart:
+            text = "largest ratio between trainer's and sampler's probability of a token"
+            found.append(_row("sampler mismatch", stage, max(apart), MISMATCH, max(apart) <= MISMATCH, text))
+        growth = _end(metrics, "length") / _start(metrics, "length")
+        text = "mean completion length at the end over that at the start; growth is easily read as quality"
+        found.append(_row("length growth", stage, growth, LENGTH, growth <= LENGTH, text))
+        if (unscored := float(np.mean(_values(metrics, "unscored")))) > 0:
+            found.append(_row("unscored completions", stage, unscored, 0, False, "share the verifier failed on"))
+    return found
+
+
+def watch_evals(evals: Mapping[str, Any]) -> list[Row]:
+    """What `evals.json` shows of forgetting and of answers that could not be read."""
+    found = []
+    for row in evals["retention"]:
+        text = "KL from the base on general prompts, nats per token"
+        found.append(_row("drift", row["stage"], row["kl"], DRIFT, row["kl"] <= DRIFT, text))
+    for row in evals["suites"]:
+        if row["stage"] != "base":
+            text = f"share of answers in {row['suite']} that could not be read"
+            found.append(
+                _row(
+                    f"unparsed, {row['suite']}",
+                    row["stage"],
+                    row["unparsed"],
+                    UNPARSED,
+                    row["unparsed"] <= UNPARSED,
+                    text,
+                )
+            )
+    for row in evals["comparisons"]:
+        if row["against"] == "base":
+            fell = row["interval"][1] < 0
+            text = f"accuracy on {row['suite']} against the base; the whole interval below 0 is forgetting"
+            found.append(_row(f"forgetting, {row['suite']}", row["stage"], row["diff"], 0, not fell, text))
+    return found
+
+
+def _row(name: str, stage: str, value: float, limit: float, fine: bool, text: str) -> Row:
+    return {
+        "name": name,
+        "stage": stage,
+        "level": "ok" if fine else "warn",
+        "value": float(value),
+        "limit": float(limit),
+        "text": text,
+    }
+
+
+def _values(metrics: Sequence[Row], name: str) -> list[float]:
+    return [m[name] for m in metrics if m.get(name) is not None]
+
+
+def _start(metrics: Sequence[Row], name: str) -> float:
+    values = _values(metrics, name)
+    return float(np.mean(values[: max(1, len(values) // 5)]))
+
+
+def _end(metrics: Sequence[Row], name: str) -> float:
+    values = _values(metrics, name)
+    return float(np.mean(values[-max(1, len(values) // 5) :]))

@@ -1,0 +1,142 @@
+"""A stage: from its config, a starting model and data to a finished artifact. Skipped where that exists already."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from posttrain.data.chat import Renderer
+from posttrain.data.prepare import Prepared, prepare
+from posttrain.models.policy import Policy
+from posttrain.pipeline.folder import digest, read_json, write_json
+from posttrain.recipe.schema import Dpo, Grpo, Sft, StageBase
+from posttrain.records import Example, Ledger, UserError
+from posttrain.rewards.verifier import prove, score
+from posttrain.sampling.local import LocalSampler
+from posttrain.training.batch import Method
+from posttrain.training.dpo import DpoMethod, pairs_from_data, pairs_on_policy, read_pairs, write_pairs
+from posttrain.training.grpo import GrpoMethod
+from posttrain.training.loop import peak_memory, train
+from posttrain.training.sft import SftMethod
+
+PROOF = 16
+"""Examples of each task on which its verifier must prove itself before it may train."""
+
+
+@dataclass(frozen=True)
+class Say:
+    """How a run talks to whoever started it."""
+
+    line: Callable[[str], None]
+    step: Callable[[StageBase, dict[str, Any]], None]
+
+
+def run_stage(
+    stage: Sft | Dpo | Grpo, start: Policy, folder: Path, seed: int, held_out: frozenset[str], say: Say
+) -> None:
+    """Train `start` into `folder/artifact` and write `folder/stage.json`; do nothing where that is finished.
+
+    Raises:
+        UserError: the folder holds a stage with other inputs, the data cannot be used, or a verifier fails its proof.
+    """
+    config = stage.model_dump(mode="json", by_alias=True)
+    record = read_json(folder / "stage.json")
+    renderer = Renderer(start.tokenizer, system=stage.data.system)
+    data = prepare(stage.data, renderer, need=need(stage), held_out=held_out, context=start.context)
+    inputs = {"model": start.digest(), "data": data.report["digest"], "config": digest([config, seed])}
+    if record is not None and record["inputs"] != inputs:
+        changed = ", ".join(name for name in inputs if record["inputs"][name] != inputs[name])
+        raise UserError(
+            f"{folder}: was made with other inputs (changed: {changed}), and what is finished is never rewritten; "
+            "give the changed recipe another --out"
+        )
+    if record is not None and record["finished"]:
+        say.line(f"{stage.id}: finished already")
+        return
+    began = record["started"] if record else time.time()
+    record = {"id": stage.id, "kind": stage.kind, "from": stage.from_, "inputs": inputs, "data": data.report}
+    record |= {"steps": stage.steps, "started": began, "finished": None}
+    write_json(folder / "stage.json", record)
+    for note in (*data.report.get("notes", []), *_told(data)):
+        say.line(f"{stage.id}: {note}")
+
+    method, before, facts = _method(stage, start, renderer, data, folder, seed)
+    ledger = before + train(start, method, stage, folder, seed, on_step=lambda row: say.step(stage, row), warn=say.line)
+    artifact = start.save(folder / "artifact")
+    finished = time.time()
+    record |= {
+        "artifact": {"kind": artifact.kind, "path": "artifact", "digest": artifact.digest},
+        "ledger": asdict(ledger),
+        "finished": finished,
+        "seconds": ledger.seconds,
+        "peak_rss_bytes": peak_memory(),
+        "facts": facts,
+        "notes": renderer.notes,
+    }
+    write_json(folder / "stage.json", record)
+    _drop_checkpoints(folder)
+
+
+def need(stage: StageBase) -> Literal["completion", "pair", "prompt"]:
+    if isinstance(stage, Sft):
+        return "completion"
+    return "pair" if isinstance(stage, Dpo) and stage.on_policy is None else "prompt"
+
+
+def _method(
+    stage: Sft | Dpo | Grpo, start: Policy, renderer: Renderer, data: Prepared, folder: Path, seed: int
+) -> tuple[Method, Ledger, dict[str, Any]]:
+    """The stage's method, what preparing it cost, and what is worth recording of that."""
+    if isinstance(stage, Sft):
+        return SftMethod(stage, data, seed), Ledger(), {}
+    sampler = LocalSampler(start, renderer)
+    if need(stage) == "prompt":
+        _prove(stage, data)
+    if isinstance(stage, Grpo):
+        return GrpoMethod(stage, data, start, sampler, score, seed), Ledger(), {}
+    kept, cost = folder / "pairs.jsonl", folder / "pairs.json"
+    if not cost.is_file():
+        facts: dict[str, Any] = {}
+        if stage.on_policy is None:
+            ledger, pairs = Ledger(), pairs_from_data(start, stage, data)
+        else:
+            pairs, ledger, facts = pairs_on_policy(start, stage, data, sampler, score, seed)
+        write_pairs(kept, pairs)
+        write_json(cost, {"ledger": asdict(ledger), "facts": facts})
+    pairs = read_pairs(kept, len(data.rows))
+    made = json.loads(cost.read_text())
+    return DpoMethod(stage, data, seed, pairs), Ledger(**made["ledger"]), made["facts"]
+
+
+def _prove(stage: StageBase, data: Prepared) -> None:
+    by_task: dict[str, list[Example]] = {}
+    for rows in data.rows:
+        for rendered in rows:
+            by_task.setdefault(str(rendered.example.task), []).append(rendered.example)
+    for task, examples in by_task.items():
+        if failures := prove(task, examples[:PROOF]):
+            listed = "\n  ".join(failures[:5])
+            raise UserError(
+                f"stage {stage.id!r}: the verifier of {task} can be fooled, so no model may train on it:\n  {listed}"
+            )
+
+
+def _told(data: Prepared) -> list[str]:
+    """What was read, in a line for each source."""
+    lines = []
+    for source in data.report["sources"]:
+        lost = {k: source[k] for k in ("bad", "too_long", "truncated", "held_out", "duplicates") if source.get(k)}
+        told = "".join(f", {n} {what.replace('_', ' ')}" for what, n in lost.items())
+        lines.append(f"{source['source']}: {source['shape']} ({source['reason']}), {source['used']} rows used{told}")
+        lines += [f"  {bad}" for bad in source.get("bad_rows", [])[:5]]
+    return lines
+
+
+def _drop_checkpoints(folder: Path) -> None:
+    """The artifact is safe on disk; the checkpoints that led to it are several times its size."""
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
