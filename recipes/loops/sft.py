@@ -35,7 +35,7 @@ def main(
     save: str = "",
 ) -> None:
     policy = pt.load(model, adapter=pt.Lora(r=16), seed=seed)
-    task = pt.task(TASK, seed=seed, **CONFIG)
+    task = pt.task(TASK, seed=pt.derive(seed, "sft"), **CONFIG)
     test = pt.task(TASK, seed=pt.derive(seed, "test"), **CONFIG).examples(held_out)
 
     print(f"accuracy before {task.accuracy(policy, test):.3f}")

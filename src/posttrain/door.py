@@ -71,8 +71,10 @@ class Policy(models.Policy):
         A string is what a user says. Without `seed` every call draws afresh, yet the same program draws the same.
 
         Raises:
-            UserError: a setting is out of range, or a prompt leaves no room for an answer.
+            UserError: a setting is out of range, there is no prompt, or one leaves no room for an answer.
         """
+        if not prompts or n < 1:
+            raise UserError(f"sample: {len(prompts)} prompts and n={n}; both must be at least 1")
         examples = [
             Example(f"prompt {i}", ({"role": "user", "content": p},)) if isinstance(p, str) else p
             for i, p in enumerate(prompts)
@@ -163,6 +165,8 @@ class Task:
 
         Where that leaves too few of the first `size * steps`, they come again.
         """
+        if size < 1 or steps < 1:
+            raise UserError(f"batches: size {size} and {steps} steps; both must be at least 1")
         keys = {prompt_key(example) for example in held_out}
         kept = [example for example in self.examples(size * steps) if prompt_key(example) not in keys]
         if not kept:
@@ -254,5 +258,5 @@ def _checked(block: type[B], **values: Any) -> B:
     try:
         return block(**values)
     except ValidationError as error:
-        problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}, not {e['input']!r}" for e in error.errors())
+        problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']} (given: {e['input']!r})" for e in error.errors())
         raise UserError("; ".join(problems)) from None
