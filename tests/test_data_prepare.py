@@ -15,6 +15,7 @@ from test_data_chat import CHATML, make_tokenizer
 from posttrain.data import tasks
 from posttrain.data.chat import Renderer
 from posttrain.data.prepare import Need, Prepared, prepare, prompt_key, schedule
+from posttrain.models.template import CHATML as BUILT_IN
 from posttrain.recipe.schema import Data
 from posttrain.records import Example, UserError
 
@@ -177,7 +178,7 @@ def test_real_sets_are_prepared(shared_data: Path, file: str, need: Need) -> Non
 def test_tool_calls_of_a_real_set_are_learned(shared_data: Path) -> None:
     source = {"source": str(shared_data / "llamafactory_demo/glaive_toolcall_en_demo.json.gz"), "rows": 60}
     data = Data(sources=(source,), max_length=100_000)  # type: ignore[arg-type]
-    done = prepare(data, Renderer(TOKENIZER, chat_template="chatml"), need="completion", held_out=frozenset())
+    done = prepare(data, Renderer(make_tokenizer(BUILT_IN)), need="completion", held_out=frozenset())
     calls = [sum("tool_calls" in m for m in r.example.completion) for r in done.rows[0]]
     learned = [
         TOKENIZER.decode([t for t, on in zip(r.completion_ids, r.completion_target, strict=True) if on])

@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny import ARCHS, tiny_model, tiny_policy, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from posttrain.models import policy as policy_module
-from posttrain.models.policy import attach, end_of_turn, load, merge, weights_digest
+from posttrain.models.policy import attach, load, merge, weights_digest
 from posttrain.recipe.schema import Lora
 from posttrain.records import UserError
 
@@ -309,7 +308,7 @@ def test_merge_that_rounds_the_update_away_is_refused():
         merge(tiny_policy())
 
 
-# Tokens and templates
+# Tokens
 
 
 def test_eos_ids_gather_every_end(base):
@@ -320,35 +319,6 @@ def test_eos_ids_gather_every_end(base):
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = "<|endoftext|>"
     assert attach(tiny_model(), tokenizer, source="x").eos_ids == {0, 2}
-
-
-def test_end_of_turn_is_read_from_the_template():
-    tokenizer = tiny_tokenizer()
-    assert end_of_turn(tokenizer) == 2
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
-    assert end_of_turn(tokenizer) is None
-    tokenizer.chat_template = "{{ raise_exception('no') }}"
-    assert end_of_turn(tokenizer) is None
-    tokenizer.chat_template = None
-    assert end_of_turn(tokenizer) is None
-
-
-def test_chat_template_is_set_kept_and_refused(base, tmp_path):
-    assert load(str(base), chat_template="chatml").tokenizer.chat_template == policy_module.CHATML
-    jinja = tmp_path / "own.jinja"
-    jinja.write_text("{% for m in messages %}{{ m['content'] }}<|endoftext|>{% endfor %}")
-    policy = load(str(base), chat_template=str(jinja), adapter=LORA)
-    assert policy.eos_ids == {0, 2}
-    policy.save(tmp_path / "out")
-    assert load(str(tmp_path / "out")).tokenizer.chat_template == jinja.read_text()
-    with pytest.raises(UserError, match="neither `chatml` nor a file"):
-        load(str(base), chat_template="chatlm")
-    jinja.write_text("{% for m in messages %}{{ m['content'] }}\n{% endfor %}")
-    with pytest.raises(UserError, match="never learn to stop"):
-        load(str(base), chat_template=str(jinja))
-    jinja.write_text("{% for m in messages %}{{ m[")
-    with pytest.raises(UserError, match=r"own\.jinja"):
-        load(str(base), chat_template=str(jinja))
 
 
 def test_context_is_the_model_s():

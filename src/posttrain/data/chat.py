@@ -11,32 +11,12 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
 
 from posttrain.data.shapes import Malformed
 from posttrain.records import Example, Message, UserError
-
-CHATML = """\
-{%- if tools %}<|im_start|>system
-{% if messages and messages[0].role == 'system' %}{{ messages[0].content }}
-
-{% endif %}You can call these tools:
-{% for tool in tools %}{{ tool | tojson }}
-{% endfor %}A call is written <tool_call>{"name": ..., "arguments": {...}}</tool_call>.END
-{% endif %}
-{%- for message in messages %}
-{%- if not (tools and loop.first and message.role == 'system') %}<|im_start|>{{ message.role }}
-{{ message.content }}
-{%- for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>
-{%- endfor %}END
-{% endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
-"""The built-in template. END is <|im_end|>, or the tokenizer's own end token where it has none."""
 
 _STAND_IN = 0x100000
 """First of the private-use characters (plane 16) that stand for special tokens written in data."""
@@ -60,14 +40,14 @@ class _Piece(NamedTuple):
 
 
 class Renderer:
-    """Renders with `tokenizer` and its chat template, or the one given.
+    """Renders with `tokenizer` and its chat template.
 
-    `system` is put before conversations that have no system message. `chat_template` is `chatml` or a Jinja
-    file. Raises UserError for a template that is missing or broken, and Malformed for a single conversation
-    that the template refuses. `notes` collects, once each, what a user should know of the rendering.
+    `system` is put before conversations that have no system message. Raises UserError for a template that is
+    missing or broken, and Malformed for a single conversation that the template refuses. `notes` collects, once
+    each, what a user should know of the rendering.
     """
 
-    def __init__(self, tokenizer: Any, system: str | None = None, chat_template: str | None = None) -> None:
+    def __init__(self, tokenizer: Any, system: str | None = None) -> None:
         self.tokenizer = tokenizer
         self.system = system
         self.notes: list[str] = []
@@ -75,12 +55,11 @@ class Renderer:
         added = {i: str(t) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         special |= set(added.values())
         self._special_ids = frozenset({*tokenizer.all_special_ids, *added})
-        self._special = sorted(special, key=lambda t: (-len(t), t))
-        self._stand_in = {text: chr(_STAND_IN + i) for i, text in enumerate(self._special)}
+        longest_first = sorted(special, key=lambda t: (-len(t), t))
+        self._stand_in = {text: chr(_STAND_IN + i) for i, text in enumerate(longest_first)}
         self._typed = {mark: text for text, mark in self._stand_in.items()}
-        self._find = re.compile("|".join(map(re.escape, self._special)) or r"(?!)")
+        self._find = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._marks = re.compile(f"([{chr(_STAND_IN)}-\U0010fffd])")
-        self._template = self._resolve(chat_template)
         bare, full = self._encode("a"), tuple(tokenizer("a")["input_ids"])
         starts = (i for i in range(len(full)) if full[i : i + len(bare)] == bare)
         self._text_start = full[: next(starts, 0)]
@@ -119,15 +98,6 @@ class Renderer:
     def decode(self, ids: Sequence[int]) -> str:
         """A completion as text, without special tokens."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    @property
-    def end_ids(self) -> frozenset[int]:
-        """Tokens that end a turn: what the template closes an assistant turn with, and the tokenizer's EOS."""
-        turns: tuple[Message, ...] = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
-        ends = {self.tokenizer.eos_token_id} - {None}
-        if self._template is not None:
-            ends.add(self._ids([self._turn(turns, ())])[-1])
-        return frozenset(ends)
 
     # Conversation to pieces of text
 
@@ -219,13 +189,12 @@ class Renderer:
         return value
 
     def _text(self, messages: Sequence[Message], tools: Sequence[Any], *, generate: bool) -> str:
-        if self._template is None:
+        if not self.tokenizer.chat_template:
             raise UserError("the tokenizer has no chat template; set model.chat_template to chatml or to a Jinja file")
         try:
             text = self.tokenizer.apply_chat_template(
-                list(messages), tools=list(tools) or None, add_generation_prompt=generate, tokenize=False,
-                chat_template=self._template,
-            )  # fmt: skip
+                list(messages), tools=list(tools) or None, add_generation_prompt=generate, tokenize=False
+            )
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from None
         except Exception as error:  # whatever a template's expressions may raise
@@ -243,9 +212,7 @@ class Renderer:
         way_out = "; change the conversation or give another one in model.chat_template"
         if messages and messages[0]["role"] == "system":
             try:
-                self.tokenizer.apply_chat_template(
-                    list(messages[1:]), add_generation_prompt=True, tokenize=False, chat_template=self._template
-                )
+                self.tokenizer.apply_chat_template(list(messages[1:]), add_generation_prompt=True, tokenize=False)
             except Exception:  # then the system message was not the reason
                 return Malformed(f"the chat template refuses {roles} ({error}){way_out}")
             why = f"the chat template has no system role ({error})"
@@ -296,26 +263,6 @@ class Renderer:
         if self.tokenizer.eos_token_id is not None:
             ids += (self.tokenizer.eos_token_id,)
         return Rendered(example, (), ids, (False, *[True] * (len(ids) - 1)))
-
-    # Setting up
-
-    def _resolve(self, given: str | None) -> str | None:
-        if given is None:
-            return self.tokenizer.chat_template
-        if given == "chatml":
-            if "<|im_end|>" in self._special:
-                return CHATML.replace("END", "<|im_end|>")
-            eos = self.tokenizer.eos_token
-            if eos is None:
-                raise UserError("model.chat_template: chatml needs a tokenizer with <|im_end|> or an end token")
-            self._note(f"the tokenizer has no <|im_end|>; chatml ends turns with {eos}")
-            return CHATML.replace("END", eos)
-        try:
-            return Path(given).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"model.chat_template: {given} cannot be read ({error}); give chatml or a Jinja file"
-            ) from None
 
     def _note(self, note: str) -> None:
         if note not in self.notes:

@@ -29,17 +29,12 @@ from transformers.pytorch_utils import Conv1D
 from posttrain.models.disk import staged
 from posttrain.models.quiet import quiet
 from posttrain.models.source import is_hub_id, json_file, resolve
+from posttrain.models.template import end_of_turn, with_template
 from posttrain.recipe.schema import Lora
 from posttrain.records import Artifact, UserError
 
 RECORD = "posttrain.json"
 """File beside saved weights that says where the base came from and what the digests are."""
-
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 PROBES = (
     "The capital of France is Paris, and the river that runs through it is the Seine.",
@@ -295,39 +290,6 @@ def merge(policy: Policy, tolerance: float = 1e-3) -> Policy:
             f"{tolerance:.2g}); load the model with dtype float32 and merge there, or keep the adapter"
         )
     return attach(merged, policy.tokenizer, source=policy.source, revision=policy.revision)
-
-
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token that the chat template writes right after an assistant's answer, if there is one."""
-    if not tokenizer.chat_template:
-        return None
-    answer = "posttrain-answer"
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception:  # a template may ask for anything: tools, a system turn, other content types
-        return None
-    tail = tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return next((i for i in tail if i in special), None)
-
-
-def with_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
-    """Give the tokenizer another chat template: `chatml`, or a Jinja file."""
-    if template == "chatml":
-        text = CHATML
-    else:
-        path = Path(template).expanduser()
-        if not path.is_file():
-            raise UserError(f"chat template {template!r}: neither `chatml` nor a file")
-        text = path.read_text(encoding="utf-8")
-    tokenizer.chat_template = text
-    if end_of_turn(tokenizer) is None:
-        raise UserError(
-            f"chat template {template!r}: ends an assistant's turn with no special token of this model's "
-            "vocabulary, so the model could never learn to stop; end the turn with one of "
-            + ", ".join(repr(t) for t in tokenizer.all_special_tokens[:8])
-        )
 
 
 def _targets(model: PreTrainedModel, adapter: Lora) -> tuple[list[str], bool]:

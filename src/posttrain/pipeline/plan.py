@@ -12,8 +12,8 @@ from posttrain.data.prepare import Prepared, prepare, prompt_key
 from posttrain.evals import suites
 from posttrain.forest.logprobs import CHUNK
 from posttrain.models.cost import Size, forward_flops_per_token, parameters, training_flops_per_token
-from posttrain.models.policy import with_template
 from posttrain.models.source import resolve
+from posttrain.models.template import with_template
 from posttrain.pipeline.stages import need
 from posttrain.recipe.schema import Dpo, Grpo, Model, Recipe, Sft
 
