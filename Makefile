@@ -17,7 +17,7 @@ test: $(STAMP)  ## Check style and types, run the tests
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2
 
 # The stamp goes first and comes back last. Where it is missing an installation was cut short, and pip cannot tell
 # a half-written package from a whole one: start over (its cache makes that quick).
