@@ -160,13 +160,13 @@ def test_a_wrong_argument_is_told_with_what_there_is(repo_root, name, monkeypatc
 def test_the_scripts_run_one_after_the_other(repo_root, tmp_path):
     sft, few = tmp_path / "sft", ("batch_size=2", "held_out=2", "steps=2")
     for name, *arguments in (
-        ("sft", "batch_size=8", "held_out=2", "steps=6", f"save={sft}"),
-        ("dpo", *few, "prompts=8", f"model={sft}", f"save={tmp_path / 'dpo'}"),
+        ("sft", "batch_size=8", "held_out=2", "steps=4", f"save={sft}"),
+        ("dpo", *few, "prompts=16", f"model={sft}", f"save={tmp_path / 'dpo'}"),
         ("grpo", *few, f"model={sft}", f"save={tmp_path / 'grpo'}"),
     ):
         command = [sys.executable, str(repo_root / "recipes" / "loops" / f"{name}.py"), *arguments]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "accuracy after" in done.stdout
-        assert done.stdout.count("loss ") == (6 if name == "sft" else 2)
+        assert done.stdout.count("loss ") == (4 if name == "sft" else 2)
         assert (tmp_path / name / "adapter_model.safetensors").is_file()
