@@ -75,7 +75,7 @@ def _do(recipe: Recipe, folder: Path, say: Say) -> None:
     def load_stage(name: str) -> Policy:
         gc.collect()  # the model before this one may go now
         if name != BASE:
-            return load(str(folder / "stages" / name / "artifact"), adapter=model.adapter)
+            return load(str(folder / "stages" / name / "artifact"), adapter=model.adapter, dtype=model.dtype)
         return load(
             model.source,
             adapter=model.adapter,

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.credit.pairs import best_and_worst
+from posttrain.credit.batch import as_row
+from posttrain.credit.pairs import pairs
 from posttrain.data.chat import Rendered
 from posttrain.data.prepare import Prepared, schedule
 from posttrain.forest import Forest, Row
@@ -125,13 +126,7 @@ def pairs_on_policy(
     rng = random.Random(derive(seed, stage.id, "ties"))
     made: list[list[tuple[Row, Row, dict[str, Any]]]] = [[] for _ in data.rows]
     scores = [score(r.example, r.text) for r in rollouts]
-    for p, (source, _) in enumerate(order):
-        group = range(p * how.n, (p + 1) * how.n)
-        found = best_and_worst([scores[i].value for i in group], rng)
-        if found is None:
-            continue
-        best, worst = (group[i] for i in found)
-        sides = [Row(rollouts[i].prompt_ids, rollouts[i].ids, (True,) * len(rollouts[i].ids)) for i in (best, worst)]
+    for best, worst in pairs(rollouts, scores, rng):
         sample = {
             "prompt": _asked(rollouts[best].example),
             "text": rollouts[best].text,
@@ -139,7 +134,8 @@ def pairs_on_policy(
             "outcome": scores[best].outcome,
             "rejected": rollouts[worst].text,
         }
-        made[source].append((sides[0], sides[1], sample))
+        source = order[rollouts[best].group][0]
+        made[source].append((as_row(rollouts[best]), as_row(rollouts[worst]), sample))
     if not any(made):
         raise UserError(
             f"stage {stage.id!r}: none of {how.prompts} prompts gave answers of different score, so there is no pair "
@@ -153,7 +149,7 @@ def pairs_on_policy(
     return [_referenced(policy, stage, part) for part in made], ledger, facts
 
 
-def write_pairs(path: Path, pairs: list[list[Pair]]) -> None:
+def write_pairs(path: Path, kept: list[list[Pair]]) -> None:
     """Keep the pairs with their reference values, so that a continued run does not sample them again."""
     lines = [
         json.dumps(
@@ -166,20 +162,20 @@ def write_pairs(path: Path, pairs: list[list[Pair]]) -> None:
                 "sample": pair.sample,
             }
         )
-        for source, part in enumerate(pairs)
+        for source, part in enumerate(kept)
         for pair in part
     ]
     write_text(path, "\n".join(lines) + "\n")
 
 
 def read_pairs(path: Path, sources: int) -> list[list[Pair]]:
-    pairs: list[list[Pair]] = [[] for _ in range(sources)]
+    found: list[list[Pair]] = [[] for _ in range(sources)]
     for line in path.read_text(encoding="utf-8").splitlines():
         kept = json.loads(line)
         context = tuple(kept["prompt_ids"])
         sides = [Row(context, *(tuple(x) for x in kept[side])) for side in ("chosen", "rejected")]
-        pairs[kept["source"]].append(Pair(sides[0], sides[1], tuple(kept["reference"]), kept["sample"]))
-    return pairs
+        found[kept["source"]].append(Pair(sides[0], sides[1], tuple(kept["reference"]), kept["sample"]))
+    return found
 
 
 def _referenced(policy: Policy, stage: Dpo, sides: list[tuple[Row, Row, dict[str, Any]]]) -> list[Pair]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
-from posttrain.credit.advantages import group_advantages
+from posttrain.credit.batch import as_row, groups
+from posttrain.credit.grpo import advantages
 from posttrain.data.prepare import Prepared, schedule
-from posttrain.forest import Forest, Row
+from posttrain.forest import Forest
 from posttrain.losses import (
     Counts,
     clipped_share,
@@ -63,16 +63,13 @@ class GrpoMethod:
         prompts = [self.data.rows[s][i].example for s, i in self.order[first : first + stage.batch_size]]
         rollouts, ledger = self.sampler(prompts, stage.n, stage.sampling, derive(self.seed, stage.id, "step", step))
         scores = [self.score(r.example, r.text) for r in rollouts]
-        rewards_PG = torch.tensor([math.nan if s.value is None else s.value for s in scores], dtype=torch.float64).view(
-            len(prompts), stage.n
-        )
-        advantages_PG = group_advantages(rewards_PG, std=stage.baseline_std, eps=stage.std_eps)
-        scored = (~rewards_PG.isnan()).flatten().nonzero().flatten().tolist()
+        credit = advantages(rollouts, scores, std=stage.baseline_std, eps=stage.std_eps)
+        scored = [i for i, advantage in enumerate(credit) if advantage is not None]
         # Under a KL penalty a group without signal still has something to say: it may have moved.
-        live = [i for i in scored if advantages_PG.flatten()[i] != 0 or self.reference is not None]
+        live = [i for i in scored if credit[i] or self.reference is not None]
 
-        rows = tuple(Row(rollouts[i].prompt_ids, rollouts[i].ids, (True,) * len(rollouts[i].ids)) for i in live)
-        self.advantages = [advantages_PG.flatten()[i].item() for i in live]
+        rows = tuple(as_row(rollouts[i]) for i in live)
+        self.advantages = [credit[i] or 0.0 for i in live]
         self.behaviour = [rollouts[i].logps for i in live]
         self.old: list[list[float] | None] = [None] * len(rows)
         self.references = None
@@ -83,10 +80,10 @@ class GrpoMethod:
         # The denominators count the groups without signal too, for a zero is an answer, but not what is unscored.
         counts = Counts(tokens=sum(len(rollouts[i].ids) for i in scored), sequences=len(scored))
         generated = sum(len(r.ids) for r in rollouts)
-        values = rewards_PG[~rewards_PG.isnan()]
+        values = [s.value for s in scores if s.value is not None]
         metrics = {
-            "reward": values.mean().item() if len(values) else math.nan,
-            "signal": (advantages_PG != 0).any(1).double().mean().item(),
+            "reward": sum(values) / len(values) if values else math.nan,
+            "signal": sum(any(credit[i] for i in group) for group in groups(rollouts)) / len(prompts),
             "length": generated / len(rollouts),
             "unparsed": sum(s.outcome == "unparsed" for s in scores) / len(scores),
             "unscored": 1 - len(scored) / len(scores),
@@ -108,7 +105,7 @@ class GrpoMethod:
     def loss(
         self, batch: Batch, rows: Sequence[int], forest: Forest, logps_T: Tensor
     ) -> tuple[Tensor, dict[str, float]]:
-        stage, target_T, sequence_T = self.stage, forest.target_T, forest.sequence_T.clamp(min=0)
+        stage, target_T, sequence_T = self.stage, forest.target_T, forest.sequence_T
         for i, (start, stop) in zip(rows, forest.spans, strict=True):
             if self.old[i] is None:  # first use: these are the weights that sampled
                 self.old[i] = logps_T[start:stop].tolist()
