@@ -29,7 +29,7 @@ class StagePlan:
     rows: int
     """Rows that can be used, or prompts."""
     trained_tokens: int
-    """Through forward and backward, before any sharing of prefixes."""
+    """Through forward and backward, a prompt counted once for all answers to it."""
     generated_tokens: int
     """At most."""
     flops: float
@@ -59,7 +59,13 @@ class Plan:
                 f"  example, trained tokens in {MARKS[0]}{MARKS[1]}:",
                 *(f"    {line}" for line in s.example.splitlines()),
             ]
-        return "\n".join([*lines, "", "Shared prefixes are computed once, so a run trains fewer tokens than this."])
+        return "\n".join(
+            [
+                *lines,
+                "",
+                "What prompts of one step have in common is computed once too, so a run trains fewer tokens than this.",
+            ]
+        )
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -93,21 +99,20 @@ def _stage(
     rows = [r for part in data.rows for r in part]
     prompt = sum(len(r.prompt_ids) for r in rows) / len(rows)
     answers = sum(len(r.completion_ids) + len(r.rejected_ids) for r in rows) / len(rows)
-    generated = 0.0
-    if isinstance(stage, Sft):
-        sequences, each, context = stage.steps * stage.batch_size, prompt + answers, prompt + answers
-    elif isinstance(stage, Dpo):
-        sequences = 2 * stage.steps * stage.batch_size
-        if stage.on_policy:
-            generated = stage.on_policy.prompts * stage.on_policy.n * stage.on_policy.max_new_tokens
-            answers = 2 * stage.on_policy.max_new_tokens
-        each = context = prompt + answers / 2
-    else:
-        sequences = stage.steps * stage.batch_size * stage.n
-        generated = -(-stage.steps // stage.iterations) * stage.batch_size * stage.n * stage.sampling.max_new_tokens
-        each = context = prompt + stage.sampling.max_new_tokens
-    trained = sequences * each
-    flops = trained * training_flops_per_token(config, model.adapter is not None, int(context), 1 - prompt / context)
+    generated, trees, branches = 0, stage.steps * stage.batch_size, 1
+    if isinstance(stage, Dpo):
+        branches = 2
+    if isinstance(stage, Dpo) and stage.on_policy:
+        answers = 2 * stage.on_policy.max_new_tokens
+        generated = stage.on_policy.prompts * stage.on_policy.n * stage.on_policy.max_new_tokens
+    elif isinstance(stage, Grpo):
+        branches = stage.n
+        answers = stage.n * stage.sampling.max_new_tokens
+        generated = -(-stage.steps // stage.iterations) * stage.batch_size * answers
+    each = prompt + answers  # a prompt and all that hangs on it
+    context = prompt + answers / branches
+    trained = trees * each
+    flops = trained * training_flops_per_token(config, model.adapter is not None, int(context), answers / each)
     flops += generated * forward_flops_per_token(config, int(context))
     width = 4 if model.dtype == "float32" else 2
     at_once = min(stage.tokens_per_forward, int(trained / stage.steps))
