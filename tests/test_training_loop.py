@@ -87,6 +87,13 @@ def test_every_step_has_one_row_of_plain_json(whole, name):
     assert all(row["skipped"] == 0 and row["tokens"] > 0 and math.isfinite(row["loss"]) for row in rows)
 
 
+def test_a_sample_is_one_line_to_every_reader(whole):
+    """Answers here hold U+2028 and U+0085, at which Python's text splits lines."""
+    path = whole("dpo", None)[1] / "samples.jsonl"
+    assert any("\u2028" in row["text"] for row in rows_of(path))
+    assert [json.loads(line) for line in path.read_text().splitlines()] == rows_of(path)
+
+
 def test_the_ledger_adds_up_to_the_rows(whole):
     _, folder, ledger = whole("grpo", None)
     rows = rows_of(folder / "metrics.jsonl")
@@ -143,6 +150,14 @@ def test_a_finished_run_runs_its_last_steps_again_to_the_same_end(tmp_path, whol
     policy, _ = run("sft", tmp_path, on_step=lambda row: None, checkpoint_every=3)
     assert same(policy.snapshot(), whole("sft", None)[0])
     assert len(rows_of(tmp_path / "metrics.jsonl")) == 8
+
+
+def test_checkpoints_come_as_often_after_a_kill(tmp_path):
+    with pytest.raises(Killed):
+        run("sft", tmp_path, on_step=killed_at(4), checkpoint_every=3)
+    with pytest.raises(Killed):
+        run("sft", tmp_path, on_step=killed_at(5), checkpoint_every=3)
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == ["step-000003"]
 
 
 def test_checkpoints_come_only_where_a_batch_is_used_up(tmp_path):

@@ -236,7 +236,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mask": {"importance": "mask", "importance_cap": 1.2},
     "truncate": {"importance": "truncate", "importance_cap": 1.2},
     "no correction": {"importance": "none"},
-    "warm": {"sampling": {"max_new_tokens": 6, "temperature": 1.7}},
+    "warm": {"sampling": {"max_new_tokens": 6, "temperature": 1.7}, "kl_weight": 0.3},
 }
 
 
@@ -460,14 +460,19 @@ def test_no_pair_is_the_users_error():
             on_policy(lambda example, text, score=score: score, prepared(asked()))
 
 
-def test_a_source_without_pairs_leaves_the_mixture(tmp_path):
-    data = prepared(asked()[:3], asked()[3:])
-    dull = {example.id for example in asked()[:3]}
-    _, (pairs, _, _) = on_policy(lambda e, t: Score(0.0, "wrong") if e.id in dull else lengths(e, t), data)
+def test_a_source_without_pairs_leaves_the_mixture_to_the_others():
+    examples = asked()
+    data = prepared(examples[:2], examples[2:4], examples[4:])._replace(weights=(4.0, 2.0, 1.0))
+    _, (pairs, _, _) = on_policy(lambda e, t: Score(0.0, "wrong") if e in examples[:2] else lengths(e, t), data)
     assert pairs[0] == []
-    method = DpoMethod(stage_of("dpo", batch_size=2), data, 0, pairs)
-    seen = {row for step in range(8) for row in method.batch(step).rows}
-    assert seen == {row for pair in pairs[1] for row in (pair.chosen, pair.rejected)}
+    assert pairs[1]
+    assert pairs[2]
+    method = DpoMethod(stage_of("dpo", batch_size=3), data, 0, pairs)
+    shares = [
+        sum(row == pair.chosen for step in range(8) for row in method.batch(step).rows for pair in part)
+        for part in pairs
+    ]
+    assert shares == [0, 16, 8]
 
 
 # Group-relative policy optimisation
