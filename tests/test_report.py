@@ -59,7 +59,7 @@ def _metrics(kind: str, steps: int, rng: random.Random) -> list[dict[str, float]
         if kind == "grpo":
             row |= {"loss": rng.gauss(0, 0.02), "reward": 0.6 + 0.15 * done + rng.gauss(0, 0.05)}
             row |= {"signal": 0.7 - 0.2 * done + rng.gauss(0, 0.08), "length": 21 + 3 * done + rng.gauss(0, 1)}
-            row |= {"ratio_low": 0.93 - rng.random() * 0.05, "ratio_high": 1.06 + rng.random() * 0.05}
+            row |= {"ratio_min": 0.93 - rng.random() * 0.05, "ratio_max": 1.06 + rng.random() * 0.05}
             row |= {"clipped": 0.004 * rng.random(), "kl": 0.02 * done + 0.002 * rng.random()}
             row |= {"entropy": 0.9 - 0.3 * done + rng.gauss(0, 0.04)}
         row |= {"lr": 2e-4 * 0.5 * (1 + math.cos(math.pi * done)), "grad_norm": 1.1 + abs(rng.gauss(0, 0.4))}
@@ -384,7 +384,7 @@ def test_every_series_is_charted_also_unknown_ones(run: Path, tmp_path: Path) ->
     page = Page(render(tmp_path / "run"))
     assert "loss: first 1, last 0.125, lowest 0.125, highest 1, 1 steps not finite" in page.text
     assert "novel_thing: first 7.5" in page.text.replace("7.50", "7.5")
-    for key in ("margin", "chosen_logp", "signal", "ratio_high", "entropy", "tokens_per_second"):
+    for key in ("margin", "chosen_logp", "signal", "ratio_max", "entropy", "tokens_per_second"):
         assert f"{key}: first" in page.text
 
 

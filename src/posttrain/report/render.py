@@ -41,9 +41,13 @@ SERIES = {
     "length": "mean completion length, tokens",
     "entropy": "of the next token, nats",
     "kl": "from the stage's starting model, nats per token",
-    "ratio_low": "lowest importance ratio of the step",
-    "ratio_high": "highest importance ratio of the step",
+    "ratio_min": "lowest importance ratio of the step",
+    "ratio_max": "highest importance ratio of the step",
     "clipped": "share of tokens whose ratio was clipped",
+    "mismatch_min": "lowest ratio of the trainer's to the sampler's probability of a token",
+    "mismatch_max": "highest ratio of the trainer's to the sampler's probability of a token",
+    "unparsed": "share of completions that no answer could be read from",
+    "truncated": "share of completions cut at the longest length",
     "grad_norm": "gradient norm before clipping",
     "lr": "learning rate",
     "tokens_per_second": "training and sampling together",
@@ -53,7 +57,8 @@ SERIES = {
 """What the step metrics mean, in the order of their charts; keys not listed are charted after them."""
 TOGETHER: dict[tuple[str, ...], str] = {
     ("chosen_logp", "rejected_logp"): "log-probability of the answers, nats",
-    ("ratio_low", "ratio_high"): "lowest and highest importance ratio of the step",
+    ("ratio_min", "ratio_max"): "lowest and highest importance ratio of the step",
+    ("mismatch_min", "mismatch_max"): "lowest and highest ratio of the trainer's to the sampler's probability",
 }
 """Series that are read against each other share a panel."""
 
