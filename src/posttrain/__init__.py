@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from posttrain.forest import pack as pack
     from posttrain.recipe.schema import Lora as Lora
     from posttrain.records import Example as Example
+    from posttrain.records import Failure as Failure
     from posttrain.records import Rollout as Rollout
     from posttrain.records import Score as Score
     from posttrain.records import UserError as UserError
@@ -44,6 +45,7 @@ NAMES = {
     "pack": "posttrain.forest",
     "Lora": "posttrain.recipe.schema",
     "Example": "posttrain.records",
+    "Failure": "posttrain.records",
     "Rollout": "posttrain.records",
     "Score": "posttrain.records",
     "UserError": "posttrain.records",

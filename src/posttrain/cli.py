@@ -1,6 +1,6 @@
 """The command line. Thin: each command is a few lines of Python around a public function, imported when called.
 
-Exit codes: 0 done, 1 failed (a gate not met, a crash), 2 wrong input, 130 interrupted.
+Exit codes: 0 done, 1 failed (a gate not met, training that broke down, a crash), 2 wrong input, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 from typer.exceptions import TyperException
 
-from posttrain.records import UserError
+from posttrain.records import Failure, UserError
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -219,6 +219,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = app(args=argv or ["--help"], prog_name="posttrain", standalone_mode=False) or 0
     except UserError as error:
         return _fail(argv, 2, str(error))
+    except Failure as error:
+        return _fail(argv, 1, str(error))
     except TyperException as error:
         return _fail(argv, error.exit_code, f"{error.format_message()} (see `posttrain --help`)")
     except Exception as error:

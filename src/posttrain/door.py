@@ -27,7 +27,7 @@ from posttrain.forest import Forest, pack, token_logprobs
 from posttrain.losses import Counts
 from posttrain.models import policy as models
 from posttrain.recipe.schema import Block, Lora, Optim, Sampling
-from posttrain.records import Example, Rollout, Score, UserError, derive
+from posttrain.records import Example, Failure, Rollout, Score, UserError, derive
 from posttrain.rewards.verifier import score
 from posttrain.sampling.local import LocalSampler
 from posttrain.training.batch import chosen
@@ -213,7 +213,7 @@ class AdamW:
         """Backward, clip, step, clear. Returns the gradient's norm before clipping; weights without one stay.
 
         Raises:
-            UserError: the loss or the gradient is not finite; the weights are as they were.
+            Failure: the loss or the gradient is not finite; the weights are as they were.
         """
         loss.backward()
         norm = clip(self.parameters.values(), self.optim.max_grad_norm).item()
@@ -222,7 +222,7 @@ class AdamW:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if not finite:
-            raise UserError(
+            raise Failure(
                 f"loss {loss.item()}, gradient norm {norm}: no step was taken; lower lr, or look at the batch"
             )
         return norm
@@ -231,14 +231,14 @@ class AdamW:
 def script(main: Callable[..., None]) -> None:
     """Call `main` with the command line's `key=value` arguments, each read as what its default is.
 
-    A user's mistake is one line on stderr and exit code 2.
+    A user's mistake is one line on stderr and exit code 2; training that breaks down one and exit code 1.
     """
     defaults = {name: p.default for name, p in inspect.signature(main).parameters.items()}
     try:
         main(**dict(_argument(argument, defaults) for argument in sys.argv[1:]))
-    except UserError as error:
+    except (UserError, Failure) as error:
         print(error, file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, UserError) else 1)
 
 
 def _argument(argument: str, defaults: Mapping[str, Any]) -> tuple[str, Any]:

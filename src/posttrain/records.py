@@ -19,6 +19,10 @@ class UserError(Exception):
     """A mistake the user can mend: says what, where and what to do. The command line prints it and exits 2."""
 
 
+class Failure(Exception):
+    """Right input, and yet it cannot go on: says what, where and what to try. The command line exits 1."""
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
     """One row of data.

@@ -20,7 +20,7 @@ from posttrain.models.cost import training_flops_per_token
 from posttrain.models.disk import write_text
 from posttrain.models.policy import Policy
 from posttrain.recipe.schema import StageBase
-from posttrain.records import Ledger, UserError, derive
+from posttrain.records import Failure, Ledger, UserError, derive
 from posttrain.training import checkpoint
 from posttrain.training.batch import Batch, Method
 from posttrain.training.optim import adamw, clip, learning_rate, load_state, state_tensors
@@ -29,7 +29,7 @@ TIMES = ("seconds", "tokens_per_second")
 """Metrics that a repeated run does not repeat."""
 
 
-class NonFinite(UserError):
+class NonFinite(Failure):
     """A loss, a gradient or an updated weight was NaN or infinite."""
 
 
