@@ -226,7 +226,7 @@ def _stage(records: Records, spec: Row, start: str) -> Row:
     folder = f"stages/{spec.get('id')}"
     record = records.object(f"{folder}/stage.json")
     metrics = records.rows(f"{folder}/metrics.jsonl")
-    state = "finished" if record else "running" if metrics else "pending"
+    state = "finished" if (record or {}).get("finished") else "running" if record or metrics else "pending"
     samples = records.rows(f"{folder}/samples.jsonl")
     return {
         "id": spec.get("id"),
