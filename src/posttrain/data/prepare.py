@@ -140,6 +140,9 @@ def _source(
         )
     if not kept:
         why = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items() if n)
+        if too_long:
+            why += f". A row may have {limit} tokens here: raise max_length, or take a model with a longer context. "
+            why += _listed(too_long)
         raise UserError(f"{report.source}: empty data set, none of its {report.rows} rows is left: {why}")
     lengths = [_length(row) for row in kept]
     p50, p95 = (int(q) for q in np.percentile(lengths, [50, 95], method="inverted_cdf"))

@@ -82,7 +82,7 @@ def read(source: Source) -> Loaded:
 def _shaped(raw: Iterator[Raw], source: Source, label: str) -> Loaded:
     probe = list(itertools.islice(raw, PROBE))
     if not probe:
-        raise UserError(f"{source.source}: empty, there is no row in it")
+        raise UserError(f"{source.source}: empty, there is no row in it; name a file that has some")
     values = [row.value for row in probe if not row.why]
     if source.shape is not None:
         found: Detection | None = Detection(source.shape, "set in the recipe")
@@ -90,9 +90,13 @@ def _shaped(raw: Iterator[Raw], source: Source, label: str) -> Loaded:
         found = shapes.detect(values)
     if found is None:
         columns = next((", ".join(map(str, v)) for v in values if isinstance(v, dict)), None)
-        seen = f"the first row has the columns {columns}" if columns else f"first problem: {_first_problem(probe)}"
+        if columns is None:
+            raise UserError(f"{source.source}: no known row shape; first problem: {_first_problem(probe)}")
         known = "; ".join(f"{name} ({shape.columns})" for name, shape in shapes.SHAPES.items())
-        raise UserError(f"{source.source}: no known row shape; {seen}. Known shapes: {known}")
+        raise UserError(
+            f"{source.source}: no known row shape; the first row has the columns {columns}. Rename them to those of "
+            f"a known shape: {known}"
+        )
     examples: list[Example] = []
     listed: list[BadRow] = []
     bad = rows = 0
@@ -117,12 +121,14 @@ def _first_problem(probe: list[Raw]) -> str:
 
 
 def _file(path: Path) -> Iterator[Raw]:
+    if path.is_dir():
+        raise UserError(f"{path}: a folder, not a file{_near(path)}")
     suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
     reader = READERS.get(suffix)
     if reader is None:
         raise UserError(f"{path}: unknown kind of file {suffix!r} (known: {', '.join(READERS)}, each also .gz)")
     if not path.is_file():
-        raise UserError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}{_near(path)}")
+        raise UserError(f"{path}: no such file{_near(path)}")
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
             yield from reader(stream, path)
@@ -155,7 +161,7 @@ def _lines(stream: BinaryIO) -> Iterator[tuple[int, str, str]]:
         try:
             yield number, line.decode("utf-8-sig" if number == 1 else "utf-8"), ""
         except UnicodeDecodeError as error:
-            yield number, "", f"not valid UTF-8 at byte {error.start}"
+            yield number, "", f"not valid UTF-8 at byte {error.start}; save the file as UTF-8"
 
 
 def _constant(name: str) -> None:
@@ -197,6 +203,8 @@ def _json(stream: BinaryIO, path: Path) -> Iterator[Raw]:
         yield from _jsonl(io.BytesIO(text.encode(errors="surrogateescape")), path)
         return
     if text[at] != "[":
+        if "\udc80" <= text[at] <= "\udcff":
+            raise UserError(f"{path}: not UTF-8 (its first byte is 0x{ord(text[at]) - 0xDC00:02x}); save it as UTF-8")
         raise UserError(f"{path}: the top level must be a list of rows")
     at, line, counted = at + 1, 1, 0
     while True:

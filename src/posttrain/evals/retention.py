@@ -15,7 +15,7 @@ from posttrain.forest import Row, pack, split
 from posttrain.forest.logprobs import head, hidden_states
 from posttrain.models.policy import Policy
 from posttrain.recipe.schema import Retention, Sampling
-from posttrain.records import Example, Rollout, UserError
+from posttrain.records import Example, UserError
 from posttrain.sampling.protocol import Sampler
 
 POSITIONS = 256
@@ -42,26 +42,24 @@ def prompts(retention: Retention) -> list[Example]:
     ]
 
 
-def continuations(sampler: Sampler, retention: Retention, seed: int) -> list[Rollout]:
+def continuations(sampler: Sampler, retention: Retention) -> list[Row]:
     """What the sampler's model says to the prompts, greedily."""
     greedy = Sampling(temperature=0, max_new_tokens=retention.max_new_tokens)
-    return sampler(prompts(retention), 1, greedy, seed)[0]
+    rollouts, _ = sampler(prompts(retention), 1, greedy, 0)
+    return [Row(r.prompt_ids, r.ids, (True,) * len(r.ids)) for r in rollouts]
 
 
 @torch.no_grad()
-def drift(
-    policy: Policy, base: Mapping[str, Tensor], said: Sequence[Rollout], now: Sequence[Rollout]
-) -> dict[str, Any]:
+def drift(policy: Policy, base: Mapping[str, Tensor], said: Sequence[Row], now: Sequence[Row]) -> dict[str, Any]:
     """KL(base || policy) in nats per token over the base's continuations `said`, full vocabulary, mean over prompts.
 
     Args:
         base: the base's weights, as `Policy.snapshot` gives them.
-        now: the policy's own continuations; `same` is the share that are the base's, word for word.
+        now: the policy's own continuations; `same` is the share that are the base's, token for token.
     """
-    rows = [Row(r.prompt_ids, r.ids, (True,) * len(r.ids)) for r in said]
-    kl_R = [0.0] * len(rows)
-    for units in split(rows, [(i,) for i in range(len(rows))], POSITIONS):
-        forest = pack([rows[i] for i in units])
+    kl_R = [0.0] * len(said)
+    for units in split(said, [(i,) for i in range(len(said))], POSITIONS):
+        forest = pack([said[i] for i in units])
         with policy.swapped(base):
             base_ND = hidden_states(policy.model, forest)
             base_NV = head(policy.model, base_ND).float().log_softmax(-1)
@@ -73,6 +71,6 @@ def drift(
     return {
         "kl": sum(kl_R) / len(kl_R),
         "interval": list(mean_interval(kl_R)),
-        "same": sum(a.ids == b.ids for a, b in zip(said, now, strict=True)) / len(said),
+        "same": sum(a == b for a, b in zip(said, now, strict=True)) / len(said),
         "n": len(said),
     }

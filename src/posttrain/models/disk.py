@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -88,5 +88,6 @@ def write_text(path: Path, text: str) -> None:
         _sync(work)
         os.replace(work, path)
     except OSError as error:
-        work.unlink(missing_ok=True)
+        with suppress(OSError):
+            work.unlink()
         raise UserError(f"{path}: cannot be written ({error.strerror}); mend that or name another place") from error

@@ -260,12 +260,43 @@ def load(
         peft = PeftModel.from_pretrained(model, str(folder), is_trainable=True).eval()
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
             stored = set(file.keys())
+    _refuse_nonfinite(folder, peft)
     policy = Policy(peft, tokenizer, _lasting(origin), digest, revision)
     expected = {name.replace(".default.", ".") for name in policy.parameters()}
     if stored != expected:  # PEFT would go on with a part of the adapter
         some = ", ".join(sorted(stored ^ expected)[:3])
         raise UserError(f"{folder}: its adapter does not fit {origin} (not in both: {some})")
     return policy
+
+
+def outline(
+    source: str,
+    *,
+    adapter: Lora | None = None,
+    dtype: str = "float32",
+    revision: str | None = None,
+    chat_template: str | None = None,
+) -> Policy:
+    """What `load` would give, with tensors that have a shape and no values: for counting, and for rendering.
+
+    Raises:
+        UserError: as `load` does, but for what only the weights themselves show.
+    """
+    folder = base = resolve(source, revision)
+    if (folder / "adapter_config.json").is_file():
+        base = resolve(*_base_of(folder, _record(folder)))
+    with _explained(base), quiet(), torch.device("meta"):
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    own = folder if (folder / "tokenizer_config.json").is_file() else base
+    tokenizer = _tokenizer(own, chat_template)
+    if folder != base:
+        if adapter is not None:
+            _refuse_other_adapter(model, adapter, folder)
+        saved = json_file(folder / "adapter_config.json")
+        adapter = Lora(r=saved["r"], alpha=saved["lora_alpha"], targets=tuple(saved["target_modules"]))
+    with torch.device("meta"):
+        return attach(model, tokenizer, source=source, revision=revision, base_digest="none", adapter=adapter)
 
 
 def merge(policy: Policy, tolerance: float = 1e-3) -> Policy:
@@ -361,12 +392,22 @@ def _base_model(folder: Path, source: str, dtype: str, attn_implementation: str 
     if report["missing_keys"]:  # Transformers would go on with random numbers in their place
         some = ", ".join(sorted(report["missing_keys"])[:3])
         raise UserError(f"{folder}: its weights lack {len(report['missing_keys'])} tensors ({some}); fetch it again")
+    _refuse_nonfinite(folder, model)
     if is_hub_id(source):
         model.name_or_path = source  # what a saved adapter names as its base
     return model
 
 
+def _refuse_nonfinite(folder: Path, model: nn.Module) -> None:
+    """One NaN in the weights makes every answer NaN, and then each thing that reads an answer fails in its own way."""
+    broken = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    if broken:
+        raise UserError(f"{folder}: {len(broken)} of its tensors hold NaN or infinity ({broken[0]}); fetch it again")
+
+
 def _tokenizer(folder: Path, chat_template: str | None) -> PreTrainedTokenizerBase:
+    if not any(path.name.startswith(("tokenizer", "vocab", "spiece")) for path in folder.iterdir()):
+        raise UserError(f"{folder}: has no tokenizer (tokenizer.json is missing); copy the one of the model's release")
     with _explained(folder), quiet():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if chat_template is not None:

@@ -5,17 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer
-
-from posttrain.data.chat import Rendered, Renderer
-from posttrain.data.prepare import Prepared, prepare, prompt_key
-from posttrain.evals import suites
+from posttrain.data.chat import Rendered
+from posttrain.data.prepare import Prepared, prompt_key
+from posttrain.evals import retention, suites
 from posttrain.forest.logprobs import CHUNK
-from posttrain.models.cost import Size, forward_flops_per_token, parameters, training_flops_per_token
-from posttrain.models.source import resolve
-from posttrain.models.template import with_template
-from posttrain.pipeline.stages import need
-from posttrain.recipe.schema import Dpo, Grpo, Model, Recipe, Sft
+from posttrain.models.cost import forward_flops_per_token, training_flops_per_token
+from posttrain.models.policy import Policy, outline
+from posttrain.pipeline.stages import stage_data
+from posttrain.recipe.schema import Dpo, Grpo, Recipe, Sft
 
 MARKS = ("⟦", "⟧")
 """What stands around trained tokens in the example."""
@@ -77,25 +74,27 @@ def plan(recipe: Recipe) -> Plan:
     Raises:
         UserError: whatever a run would refuse before its first step.
     """
-    folder = resolve(recipe.model.source, recipe.model.revision)
-    config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    if recipe.model.chat_template is not None:
-        with_template(tokenizer, recipe.model.chat_template)
+    model = recipe.model
+    policy = outline(
+        model.source,
+        adapter=model.adapter,
+        dtype=model.dtype,
+        revision=model.revision,
+        chat_template=model.chat_template,
+    )
+    if recipe.evals.retention:
+        retention.prompts(recipe.evals.retention)
     held_out = frozenset(prompt_key(e) for suite in recipe.evals.suites for e in suites.items(suite))
-    size = parameters(config)
-    trainable = _trainable(recipe.model, config, size)
-    stages = []
-    for stage in recipe.stages:
-        renderer = Renderer(tokenizer, system=stage.data.system)
-        context = config.get_text_config().max_position_embeddings
-        data = prepare(stage.data, renderer, need=need(stage), held_out=held_out, context=context)
-        stages.append(_stage(stage, data, config, size, trainable, recipe.model, tokenizer))
-    return Plan(recipe.name, recipe.model.source, size.total, trainable, tuple(stages))
+    trainable = sum(p.numel() for p in policy.parameters().values())
+    stages = [
+        _stage(stage, stage_data(stage, policy.tokenizer, policy.context, held_out), policy, trainable)
+        for stage in recipe.stages
+    ]
+    return Plan(recipe.name, model.source, policy.parameters_total, trainable, tuple(stages))
 
 
-def _stage(
-    stage: Sft | Dpo | Grpo, data: Prepared, config: Any, size: Size, trainable: int, model: Model, tokenizer: Any
-) -> StagePlan:
+def _stage(stage: Sft | Dpo | Grpo, data: Prepared, policy: Policy, trainable: int) -> StagePlan:
+    config = policy.model.config
     rows = [r for part in data.rows for r in part]
     prompt = sum(len(r.prompt_ids) for r in rows) / len(rows)
     answers = sum(len(r.completion_ids) + len(r.rejected_ids) for r in rows) / len(rows)
@@ -112,31 +111,18 @@ def _stage(
     each = prompt + answers  # a prompt and all that hangs on it
     context = prompt + answers / branches
     trained = trees * each
-    flops = trained * training_flops_per_token(config, model.adapter is not None, int(context), answers / each)
+    flops = trained * training_flops_per_token(config, policy.adapter is not None, int(context), answers / each)
     flops += generated * forward_flops_per_token(config, int(context))
-    width = 4 if model.dtype == "float32" else 2
+    width = policy.model.dtype.itemsize
     at_once = min(stage.tokens_per_forward, int(trained / stage.steps))
     c = config.get_text_config()
     inner = getattr(c, "intermediate_size", 4 * c.hidden_size)
     activations = at_once * c.num_hidden_layers * (12 * c.hidden_size + 5 * inner) * width
-    memory = size.total * width + trainable * 4 * 3 + activations + 3 * CHUNK * c.vocab_size * 4
+    memory = policy.parameters_total * width + trainable * 4 * 3 + activations + 3 * CHUNK * c.vocab_size * 4
     return StagePlan(
         stage.id, stage.kind, stage.steps, len(rows), round(trained), round(generated), flops, memory,
-        _shown(rows[0], tokenizer),
+        _shown(rows[0], policy.tokenizer),
     )  # fmt: skip
-
-
-def _trainable(model: Model, config: Any, size: Size) -> int:
-    """Weights that get a gradient. An adapter's are counted as r for each row and column of the linear layers."""
-    if model.adapter is None:
-        return size.total
-    c = config.get_text_config()
-    hidden, inner = c.hidden_size, getattr(c, "intermediate_size", 4 * c.hidden_size)
-    heads = c.num_attention_heads
-    head_dim = getattr(c, "head_dim", None) or hidden // heads
-    queries, keys = heads * head_dim, (getattr(c, "num_key_value_heads", None) or heads) * head_dim
-    shapes = [(hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden)] + 3 * [(hidden, inner)]
-    return c.num_hidden_layers * sum(model.adapter.r * (a + b) for a, b in shapes)
 
 
 def _shown(row: Rendered, tokenizer: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from posttrain.data.chat import Renderer
 from posttrain.data.prepare import prompt_key
 from posttrain.evals import retention, suites
+from posttrain.forest import Row
 from posttrain.forest.attention import unsupported
 from posttrain.forest.logprobs import check_head
 from posttrain.models.disk import write_text
@@ -22,11 +23,11 @@ from posttrain.monitors.checks import watch_evals, watch_stage
 from posttrain.pipeline.folder import alone, environment, read_json, read_rows, write_json, write_rows
 from posttrain.pipeline.gates import decide
 from posttrain.pipeline.progress import Progress
-from posttrain.pipeline.stages import Say, run_stage
+from posttrain.pipeline.stages import Say, run_stage, stage_data
 from posttrain.recipe.load import load as load_recipe
 from posttrain.recipe.load import resolved
 from posttrain.recipe.schema import Recipe
-from posttrain.records import Rollout, derive
+from posttrain.records import derive
 from posttrain.report.render import render
 from posttrain.rewards.verifier import score
 from posttrain.sampling.local import LocalSampler
@@ -91,12 +92,14 @@ def _do(recipe: Recipe, folder: Path, say: Say) -> None:
     check_head(policy.model)
     exam = {suite.id: suites.items(suite) for suite in recipe.evals.suites}
     held_out = frozenset(prompt_key(example) for examples in exam.values() for example in examples)
+    # All of it before anything slow: a mistake in the last stage's data is told now.
+    data = {stage.id: stage_data(stage, policy.tokenizer, policy.context, held_out) for stage in recipe.stages}
     measure = _Measure(recipe, folder, exam, policy.snapshot(), say)
     measure(BASE, policy)
     before = BASE
     for stage in recipe.stages:
         policy = load_stage(stage.from_ or before)
-        run_stage(stage, policy, folder / "stages" / stage.id, recipe.seed, held_out, say)
+        run_stage(stage, policy, data.pop(stage.id), folder / "stages" / stage.id, recipe.seed, say)
         policy = load_stage(stage.id)
         measure(stage.id, policy)
         before = stage.id
@@ -125,27 +128,21 @@ class _Measure:
             write_rows(self.folder / f"{stage}.jsonl", rows)
             found["suites"] = suites.summarise(rows, evals, stage, digest)
         if evals.retention:
-            plain = LocalSampler(policy, Renderer(policy.tokenizer))
-            now = retention.continuations(plain, evals.retention, 0)
-            said = self._base_said(stage, now)
-            found["retention"] = {"stage": stage, "model": digest}
-            found["retention"] |= retention.drift(policy, self.origin, said, now)
+            now = retention.continuations(LocalSampler(policy, Renderer(policy.tokenizer)), evals.retention)
+            found["retention"] = {"stage": stage, "model": digest, **self._drift(stage, policy, now)}
         found["seconds"] = time.time() - began
         write_json(path, found)
         scores = ", ".join(f"{row['suite']} {row['score']:.1%}" for row in found["suites"] if row["score"] is not None)
         self.say.line(f"{stage}: {scores or 'no suites'} ({found['seconds']:.0f} s)")
 
-    def _base_said(self, stage: str, now: list[Rollout]) -> list[Rollout]:
-        """The base's continuations: kept from its own measurement, token by token."""
+    def _drift(self, stage: str, policy: Policy, now: list[Row]) -> dict[str, Any]:
+        """From the base, whose continuations are kept from its own measurement, token by token."""
         path = self.folder / "retention.jsonl"
         if stage == BASE:
-            write_rows(path, [{"prompt": r.prompt_ids, "ids": r.ids} for r in now])
-            return now
-        kept = read_rows(path)
-        return [
-            Rollout(r.example, r.group, tuple(k["prompt"]), tuple(k["ids"]), (), "", "stop", "")
-            for r, k in zip(now, kept, strict=True)
-        ]
+            write_rows(path, [asdict(row) for row in now])
+            return {"kl": 0.0, "interval": [0.0, 0.0], "same": 1.0, "n": len(now)}
+        said = [Row(*(tuple(kept[f]) for f in ("context", "completion", "target"))) for kept in read_rows(path)]
+        return retention.drift(policy, self.origin, said, now)
 
 
 def _collect(recipe: Recipe, folder: Path) -> dict[str, Any]:

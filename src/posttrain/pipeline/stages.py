@@ -36,18 +36,27 @@ class Say:
     step: Callable[[StageBase, dict[str, Any]], None]
 
 
-def run_stage(
-    stage: Sft | Dpo | Grpo, start: Policy, folder: Path, seed: int, held_out: frozenset[str], say: Say
-) -> None:
+def stage_data(stage: StageBase, tokenizer: Any, context: int, held_out: frozenset[str]) -> Prepared:
+    """The stage's rows, rendered.
+
+    Raises:
+        UserError: the data cannot be used, or the verifier of a task in it fails its proof.
+    """
+    renderer = Renderer(tokenizer, system=stage.data.system)
+    data = prepare(stage.data, renderer, need=need(stage), held_out=held_out, context=context)
+    if need(stage) == "prompt":
+        _prove(stage, data)
+    return data
+
+
+def run_stage(stage: Sft | Dpo | Grpo, start: Policy, data: Prepared, folder: Path, seed: int, say: Say) -> None:
     """Train `start` into `folder/artifact` and write `folder/stage.json`; do nothing where that is finished.
 
     Raises:
-        UserError: the folder holds a stage with other inputs, the data cannot be used, or a verifier fails its proof.
+        UserError: the folder holds a stage with other inputs, or no pair could be made.
     """
     config = stage.model_dump(mode="json", by_alias=True)
     record = read_json(folder / "stage.json")
-    renderer = Renderer(start.tokenizer, system=stage.data.system)
-    data = prepare(stage.data, renderer, need=need(stage), held_out=held_out, context=start.context)
     inputs = {"model": start.digest(), "data": data.report["digest"], "config": digest([config, seed])}
     if record is not None and record["inputs"] != inputs:
         changed = ", ".join(name for name in inputs if record["inputs"][name] != inputs[name])
@@ -62,10 +71,10 @@ def run_stage(
     record = {"id": stage.id, "kind": stage.kind, "from": stage.from_, "inputs": inputs, "data": data.report}
     record |= {"steps": stage.steps, "started": began, "finished": None}
     write_json(folder / "stage.json", record)
-    for note in (*data.report.get("notes", []), *_told(data)):
+    for note in (*data.report["notes"], *_told(data)):
         say.line(f"{stage.id}: {note}")
 
-    method, before, facts = _method(stage, start, renderer, data, folder, seed)
+    method, before, facts = _method(stage, start, data, folder, seed)
     ledger = before + train(start, method, stage, folder, seed, on_step=lambda row: say.step(stage, row), warn=say.line)
     artifact = start.save(folder / "artifact")
     finished = time.time()
@@ -76,7 +85,7 @@ def run_stage(
         "seconds": ledger.seconds,
         "peak_rss_bytes": peak_memory(),
         "facts": facts,
-        "notes": renderer.notes,
+        "notes": data.report["notes"],
     }
     write_json(folder / "stage.json", record)
     _drop_checkpoints(folder)
@@ -89,14 +98,12 @@ def need(stage: StageBase) -> Literal["completion", "pair", "prompt"]:
 
 
 def _method(
-    stage: Sft | Dpo | Grpo, start: Policy, renderer: Renderer, data: Prepared, folder: Path, seed: int
+    stage: Sft | Dpo | Grpo, start: Policy, data: Prepared, folder: Path, seed: int
 ) -> tuple[Method, Ledger, dict[str, Any]]:
     """The stage's method, what preparing it cost, and what is worth recording of that."""
     if isinstance(stage, Sft):
         return SftMethod(stage, data, seed), Ledger(), {}
-    sampler = LocalSampler(start, renderer)
-    if need(stage) == "prompt":
-        _prove(stage, data)
+    sampler = LocalSampler(start, Renderer(start.tokenizer, system=stage.data.system))
     if isinstance(stage, Grpo):
         return GrpoMethod(stage, data, start, sampler, score, seed), Ledger(), {}
     kept, cost = folder / "pairs.jsonl", folder / "pairs.json"
