@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import tiny_policy
-from tiny_runs import ANSWERS, RENDERER, asked, dpo, grpo, lengths, paired, prepared, rows_of, sft, stage_of, turn
+from tiny_runs import ANSWERS, RENDERER, SEED, asked, dpo, grpo, lengths, paired, prepared, rows_of, sft, stage_of, turn
 from torch import Tensor
 
 from posttrain.data.prepare import Prepared
@@ -27,7 +27,7 @@ from posttrain.recipe.schema import Lora, Sampling
 from posttrain.records import Example, Rollout, Score, UserError
 from posttrain.sampling.local import LocalSampler
 from posttrain.training.batch import Batch, Method
-from posttrain.training.dpo import DpoMethod, pairs_on_policy, read_pairs, write_pairs
+from posttrain.training.dpo import DpoMethod, pairs_from_data, pairs_on_policy, read_pairs, write_pairs
 from posttrain.training.loop import _gradient, train
 
 TIGHT = {"rtol": 1e-9, "atol": 1e-12}
@@ -643,3 +643,16 @@ def test_samples_show_question_answer_and_score(tmp_path):
     for row in rows:
         assert row["prompt"] in {e.prompt[0]["content"] for e in asked()}
         assert row["score"] == lengths(asked()[0], row["text"]).value
+
+
+def test_dpo_refers_only_the_pairs_it_comes_to():
+    """Two steps on a large file must not wait for the reference of every pair in it."""
+    policy, data = tiny_policy(), prepared(paired() * 50, paired())
+    few = stage_of("dpo", steps=2, batch_size=4)
+    pairs = pairs_from_data(policy, few, data, SEED)
+    assert [len(part) for part in pairs] == [4, 4]  # two sources of one weight, eight slots
+    method = DpoMethod(few, data, SEED, pairs)
+    seen = [pair.sample["prompt"] for step in range(2) for pair in (method.batch(step), method.now)[1]]
+    assert sorted(seen) == sorted(pair.sample["prompt"] for part in pairs for pair in part)
+    many = stage_of("dpo", steps=200, batch_size=4)
+    assert [len(part) for part in pairs_from_data(policy, many, data, SEED)] == [300, 6]

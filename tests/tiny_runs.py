@@ -111,7 +111,7 @@ def dpo(policy: Policy, stage: Dpo, folder: Path | None = None, data: Prepared |
     """Pairs from the data; on-policy pairs are kept in `folder`, and read from it the next time."""
     if stage.on_policy is None:
         data = data or prepared(paired())
-        return DpoMethod(stage, data, SEED, pairs_from_data(policy, stage, data))
+        return DpoMethod(stage, data, SEED, pairs_from_data(policy, stage, data, SEED))
     assert folder is not None
     data = data or prepared(asked())
     path = folder / "pairs.jsonl"

@@ -110,7 +110,7 @@ def _method(
     if not cost.is_file():
         facts: dict[str, Any] = {}
         if stage.on_policy is None:
-            ledger, pairs = Ledger(), pairs_from_data(start, stage, data)
+            ledger, pairs = Ledger(), pairs_from_data(start, stage, data, seed)
         else:
             pairs, ledger, facts = pairs_on_policy(start, stage, data, sampler, score, seed)
         write_pairs(kept, pairs)

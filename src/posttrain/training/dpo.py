@@ -87,8 +87,11 @@ class DpoMethod:
         return loss, {name: reduce_pairs(value_P, batch.counts).item() for name, value_P in shares.items()}
 
 
-def pairs_from_data(policy: Policy, stage: Dpo, data: Prepared) -> list[list[Pair]]:
-    """Pairs as they stand in the data, one list a source."""
+def pairs_from_data(policy: Policy, stage: Dpo, data: Prepared, seed: int) -> list[list[Pair]]:
+    """Pairs as they stand in the data, one list a source.
+
+    Of a large file only as many as the stage's steps come to, drawn at random: each costs a forward pass here.
+    """
 
     def sides(r: Rendered) -> tuple[Row, Row, dict[str, Any]]:
         sample = {
@@ -98,7 +101,12 @@ def pairs_from_data(policy: Policy, stage: Dpo, data: Prepared) -> list[list[Pai
         }
         return chosen(r), rejected(r), sample
 
-    return [_referenced(policy, stage, [sides(r) for r in rows]) for rows in data.rows]
+    sizes, slots = [len(rows) for rows in data.rows], stage.steps * stage.batch_size
+    used = sorted(set(schedule(sizes, data.weights, slots, derive(seed, stage.id, "rows"))))
+    return [
+        _referenced(policy, stage, [sides(rows[i]) for source, i in used if source == s])
+        for s, rows in enumerate(data.rows)
+    ]
 
 
 def pairs_on_policy(
