@@ -7,7 +7,6 @@ Nothing is measured again: every figure stands in evals.json, in a stage's stage
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,13 +56,16 @@ def _tasks(evals: Row, stages: list[Row]) -> Iterator[Row]:
                 "at_most": UNPARSED,
             }
     trained = {row["suite"] for row in evals["suites"] if row["role"] == "trained"}
+    own, whole = [], []
     for row in evals["comparisons"]:
-        gain = {"value": row["diff"], "interval": row["interval"], "unit": "difference"}
         what = f"{row['suite']}: {row['stage']} against {row['against']}"
+        gain = {"what": what, "value": row["diff"], "interval": row["interval"], "unit": "difference"}
         if (row["stage"], row["against"]) == (last, "base"):
-            yield {"what": what, **gain} | ({"at_least": GAIN} if row["suite"] in trained else {})
+            whole.append(gain | ({"at_least": GAIN} if row["suite"] in trained else {}))
         elif row["suite"] in trained and row["against"] == _before(row["stage"], stages):
-            yield {"what": what, **gain}
+            own.append(gain)
+    yield from own
+    yield from whole
 
 
 def _before(stage: str, stages: list[Row]) -> str:
@@ -109,29 +111,24 @@ def _record(path: Path) -> Row:
 
 
 def _command(asked: Row) -> str:
-    """`make demo`, or the run with everything in which it was not that."""
+    """`make demo`, unless the run was another one."""
     recipe = resolved(load(RECIPE), RECIPE.parent).model_dump(mode="json", by_alias=True)
-    changed = list(_changed(recipe, asked, ""))
-    if not changed:
-        return "make demo"
-    return "posttrain run recipes/quickstart.yaml " + " ".join(f"--set {key}={value}" for key, value in changed)
+    changed = _differences(recipe, asked)
+    return "make demo" if not changed else f"make demo, with {changed} keys of its recipe changed"
 
 
-def _changed(recipe: Any, asked: Any, path: str) -> Iterator[tuple[str, str]]:
-    if isinstance(recipe, dict) and isinstance(asked, dict):
-        for key in recipe.keys() | asked.keys():
-            yield from _changed(recipe.get(key), asked.get(key), f"{path}.{key}".lstrip("."))
-    elif isinstance(recipe, list) and isinstance(asked, list) and len(recipe) == len(asked):
-        for index, (before, after) in enumerate(zip(recipe, asked, strict=True)):
-            yield from _changed(before, after, f"{path}.{index}")
-    elif recipe != asked:
-        yield path, json.dumps(asked)
+def _differences(a: Any, b: Any) -> int:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return sum(_differences(a.get(key), b.get(key)) for key in a.keys() | b.keys())
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return sum(map(_differences, a, b))
+    return int(a != b)
 
 
 def _machine(environment: Row) -> str:
     memory = environment["memory_bytes"] / 1e9
     torch = environment["packages"]["torch"]
-    return f"{environment['cpu']}, {environment['threads']} threads, {memory:.0f} GB, torch {torch}"
+    return f"{environment['cpu']}, threads: {environment['threads']}, {memory:.0f} GB, torch {torch}"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,138 @@
+"""Write the tables of README.md and docs/*.md from where their content is the truth.
+
+`<!-- measured:NAME -->` begins the table of docs/measured/NAME.json; `<!-- reference:keys -->` that of the recipe's
+keys and `<!-- reference:shapes -->` that of the row shapes, both from the code. With --check nothing is written, and
+the exit code is 1 where a page is out of date.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = re.compile(r"(<!-- (measured|reference):(\w+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def rendered(text: str) -> str:
+    """`text` with every block filled anew."""
+
+    def fill(match: re.Match[str]) -> str:
+        kind, name = match[2], match[3]
+        content = REFERENCE[name]() if kind == "reference" else measured_table(_measured(name))
+        return f"{match[1]}{content}{match[4]}"
+
+    return BLOCK.sub(fill, text)
+
+
+def measured_table(rows: Sequence[dict[str, Any]]) -> str:
+    """A line for each row, and once for all rows of a command how they came about."""
+    lines = _table(
+        ("what", "measured", "95 % interval", "required", "met"),
+        (
+            (
+                row["what"],
+                _value(row["value"], row["unit"]),
+                _interval(row),
+                _required(row),
+                {True: "yes", False: "**no**", None: ""}[row.get("met")],
+            )
+            for row in rows
+        ),
+    )
+    for command, machine in dict.fromkeys((row["command"], row["machine"]) for row in rows):
+        lines += f"\nMeasured by `{command}` on {machine}.\n"
+    return lines
+
+
+def keys_table() -> str:
+    """Every key once: those that all kinds of stage have alike stand under `stages.*`."""
+    from posttrain.recipe.explain import Key, keys
+
+    kinds = {key.path.split(".")[1] for key in keys() if key.path.startswith("stages.")}
+    alike: dict[tuple[str, str, str], list[Key]] = {}
+    for key in keys():
+        path = re.sub(r"^stages\.\w+\.", "stages.*.", key.path)
+        alike.setdefault((path, key.takes, key.description), []).append(key)
+    rows = []
+    for (path, takes, description), same in alike.items():
+        for group in [same] if len(same) == len(kinds) else [[key] for key in same]:
+            name = path if len(group) > 1 else group[0].path
+            default = " or ".join(dict.fromkeys(_default(key) for key in group))
+            rows.append((f"`{name}`", takes, default, description.replace("\n", " ").replace("|", r"\|")))
+    return _table(("key", "takes", "default", "meaning"), rows)
+
+
+def _default(key: Any) -> str:
+    return "" if not key.takes else "required" if key.default.startswith("none;") else f"`{key.default}`"
+
+
+def shapes_table() -> str:
+    from posttrain.data.shapes import SHAPES
+
+    return _table(("shape", "columns", "what it is"), ((f"`{n}`", s.columns, s.summary) for n, s in SHAPES.items()))
+
+
+REFERENCE = {"keys": keys_table, "shapes": shapes_table}
+
+
+def _measured(name: str) -> list[dict[str, Any]]:
+    return json.loads((ROOT / "docs" / "measured" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+
+
+def _value(value: float, unit: str) -> str:
+    match unit:
+        case "share":
+            return f"{value:.1%}".replace("%", " %")
+        case "difference":
+            return f"{100 * value:+.1f} points"
+        case "nats/token":
+            return f"{value:.3f} nats/token"
+        case "GB":
+            return f"{value:.1f} GB"
+    return f"{value:,.0f} {unit}"
+
+
+def _interval(row: dict[str, Any]) -> str:
+    if not row.get("interval"):
+        return ""
+    low, high = (_value(end, row["unit"]) for end in row["interval"])
+    return f"{low.split()[0]} to {high}"
+
+
+def _required(row: dict[str, Any]) -> str:
+    for key in ("at_least", "at_most"):
+        if key in row:
+            return f"{key.replace('_', ' ')} {_value(row[key], row['unit']).lstrip('+')}"
+    return ""
+
+
+def main(check: bool) -> int:
+    stale = []
+    for page in pages():
+        before = page.read_text(encoding="utf-8")
+        after = rendered(before)
+        if after != before:
+            stale.append(str(page.relative_to(ROOT)))
+            if not check:
+                page.write_text(after, encoding="utf-8")
+    if stale:
+        print(f"{'out of date' if check else 'written'}: {', '.join(stale)}")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main("--check" in sys.argv[1:]))
