@@ -169,7 +169,7 @@ def make_run(folder: Path, seed: int = 0) -> Path:
             unparsed = 0.031 if (suite, name) == ("word-sorting", "grpo") else 0.005
             suites.append(
                 {"suite": suite, "role": role, "version": 1, "stage": name, "model": f"sha256:{i:064x}", "n": N}
-                | {"score": score, "interval": interval, "unparsed": unparsed}
+                | {"score": score, "interval": interval, "unparsed": unparsed, "lenient": score + 0.05 * (i == 0)}
             )
             for against in dict.fromkeys((0, i - 1)) if i else ():
                 diff = score - scores[against]
@@ -178,6 +178,7 @@ def make_run(folder: Path, seed: int = 0) -> Path:
                     {"suite": suite, "stage": name, "against": names[against], "diff": diff}
                     | {"interval": [diff - wide, diff + wide], "p": 0.4321 if abs(diff) < wide else 1e-9, "mde": 0.052}
                     | {"gained": 30 + int(diff * N), "lost": 30, "n": N}
+                    | {"lenient": {"diff": diff - 0.05, "interval": [diff - 0.05 - wide, diff - 0.05 + wide]}}
                 )
             for item in range(N):
                 a, b = 10 + item, 3 * item % 71
@@ -321,7 +322,7 @@ def test_the_story_is_told_first(page: Page) -> None:
     ):
         assert said in lead
     story = page.text.split("Accuracy, stage by stage")[0]
-    assert "word-sorting , a neighbouring task, fell: 31.0 % to 22.0 %, -9.0 points" in story
+    assert "word-sorting , a neighbouring task, prose counted too, fell: 36.0 % to 22.0 %, -14.0 points" in story
     assert "letter-counting , a neighbouring task, did not clearly change" in story
     assert "0.0548 nats per token from the base (0.0438 to 0.0658) ; 56.2 %" in story
     assert "not met : word-sorting unparsed 3.1 %, at most 2.0 %" in story

@@ -79,26 +79,32 @@ def summarise(rows: Sequence[Row], evals: Evals, stage: str, model: str) -> list
                 "score": right / len(scored) if scored else None,
                 "interval": list(wilson(right, len(scored))) if len(scored) > 1 else None,
                 "unparsed": sum(r["outcome"] == "unparsed" for r in mine) / len(mine),
-                "lenient": sum(r["extracted"] == r["answer"] for r in mine) / len(mine),
+                "lenient": sum(map(_lenient, mine)) / len(mine),
             }
         )
     return summary
 
 
 def compare(rows: Mapping[str, Sequence[Row]], evals: Evals, stage: str, against: Sequence[str]) -> list[Row]:
-    """`stage` against each of `against` on the items both were scored on; p is Holm-corrected across the suites."""
+    """`stage` against each of `against` on the items both were scored on; p is Holm-corrected across the suites.
+
+    `lenient` compares what was right when prose counts too: a base that answers in sentences knows more than its
+    strict score says, and a model that lost that must not look as if it had gained.
+    """
     comparisons = []
     for other in dict.fromkeys(against):
         found = []
         for suite in evals.suites:
             before, after = (
-                {r["item"]: r["score"] for r in rows[s] if r["suite"] == suite.id and r["score"] is not None}
+                {r["item"]: r for r in rows[s] if r["suite"] == suite.id and r["score"] is not None}
                 for s in (other, stage)
             )
             both = sorted(before.keys() & after.keys())
             if len(both) > 1:
-                found.append((suite.id, paired([before[i] for i in both], [after[i] for i in both])))
-        for (suite_id, p), corrected in zip(found, holm([p.p for _, p in found]), strict=True):
+                strict = paired([before[i]["score"] for i in both], [after[i]["score"] for i in both])
+                lenient = paired([_lenient(before[i]) for i in both], [_lenient(after[i]) for i in both])
+                found.append((suite.id, strict, lenient))
+        for (suite_id, p, lenient), corrected in zip(found, holm([p.p for _, p, _ in found]), strict=True):
             comparisons.append(
                 {
                     "suite": suite_id,
@@ -111,6 +117,11 @@ def compare(rows: Mapping[str, Sequence[Row]], evals: Evals, stage: str, against
                     "gained": p.gained,
                     "lost": p.lost,
                     "n": p.n,
+                    "lenient": {"diff": lenient.diff, "interval": list(lenient.interval)},
                 }
             )
     return comparisons
+
+
+def _lenient(row: Row) -> float:
+    return float(row["score"] == 1 or (row["extracted"] is not None and row["extracted"] == row["answer"]))

@@ -342,13 +342,19 @@ def _difference(row: Row, limit: float) -> Markup | None:
 
 
 def _claim(suite: Row, last: str) -> Row:
-    """A suite at the last measured stage against the base."""
+    """A suite at the last measured stage against the base; `lenient` is the same with prose counted."""
+    before, after = suite["scores"].get("base", {}), suite["scores"].get(last, {})
+    compared = suite["compared"].get((last, "base"), {"verdict": "unknown"})
+    lenient = compared.get("lenient")
     return {
         "suite": suite["id"],
         "role": suite["role"],
-        "before": suite["scores"].get("base", {}),
-        "after": suite["scores"].get(last, {}),
-        **suite["compared"].get((last, "base"), {"verdict": "unknown"}),
+        "before": before.get("score"),
+        "after": after.get("score"),
+        **compared,
+        "lenient": {**lenient, **_verdict(lenient), "before": before.get("lenient"), "after": after.get("lenient")}
+        if isinstance(lenient, dict)
+        else None,
     }
 
 
