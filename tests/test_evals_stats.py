@@ -192,9 +192,7 @@ def test_bootstrap_is_seeded_and_has_the_width_of_the_mean() -> None:
 
 def test_wilson_covers() -> None:
     rng = np.random.default_rng(3)
-    hits = [
-        coverage([wilson(int(k), 400) for k in rng.binomial(400, p, SIMULATIONS)], p) for p in (0.1, 0.5, 0.8)
-    ]
+    hits = [coverage([wilson(int(k), 400) for k in rng.binomial(400, p, SIMULATIONS)], p) for p in (0.1, 0.5, 0.8)]
     assert hits == pytest.approx([0.95] * 3, abs=0.015)
 
 
