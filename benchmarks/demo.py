@@ -62,6 +62,8 @@ def _tasks(evals: Row, stages: list[Row]) -> Iterator[Row]:
         gain = {"what": what, "value": row["diff"], "interval": row["interval"], "unit": "difference"}
         if (row["stage"], row["against"]) == (last, "base"):
             whole.append(gain | ({"at_least": GAIN} if row["suite"] in trained else {}))
+            lenient = {"value": row["lenient"]["diff"], "interval": row["lenient"]["interval"]}
+            whole.append(gain | {"what": f"{what}, lenient reading"} | lenient)
         elif row["suite"] in trained and row["against"] == _before(row["stage"], stages):
             own.append(gain)
     yield from own

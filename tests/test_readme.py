@@ -198,6 +198,8 @@ def test_measured_rows_are_the_run_s_records(tiny_demo: Path) -> None:
             assert found[f"sums: accuracy, {row['stage']} (10 items)"]["value"] == row["score"]
             assert found[f"sums: accuracy, {row['stage']}, lenient reading"]["value"] == row["lenient"]
     assert "at_least" not in found["near: more against base"]
+    lenient = found["sums: more against base, lenient reading"]
+    assert (lenient["value"], lenient["interval"]) == (whole["lenient"]["diff"], whole["lenient"]["interval"])
     assert found["retention: KL from the base, more (2 general prompts)"]["value"] == evals["retention"][-1]["kl"]
     stages = [json.loads((tiny_demo / f"stages/{name}/stage.json").read_text()) for name in ("sft", "more")]
     wall = found["wall time, first measurement to last"]
