@@ -212,7 +212,8 @@ def test_interrupt_is_exit_130_and_says_how_to_go_on(
 
 def test_real_ctrl_c_ends_a_process_with_130(recipe: Path) -> None:
     code = f"""
-import sys, types, time
+import signal, sys, types, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with it ignored
 room = types.ModuleType("posttrain.pipeline.run")
 def run(*_):
     print("ready", flush=True)

@@ -193,3 +193,37 @@ def test_recurrent_models_fall_back_and_say_so():
         logps_T = token_logprobs(model, forest)
     want = torch.log_softmax(model(torch.tensor([[1, 2, 3, 4, 5]])).logits[0].float(), -1)
     torch.testing.assert_close(logps_T[3:], torch.stack([want[2, 4], want[3, 5]]), rtol=1e-4, atol=1e-5)
+
+
+def test_attention_sinks_take_their_share():
+    """gpt-oss: a learned logit a head in the softmax, on layers with and without a window."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    config = GptOssConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=8,
+        max_position_embeddings=4096,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = sharpen(GptOssForCausalLM(config).float().eval())
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.self_attn.sinks.normal_(std=2)
+    forests = [random_forest(random.Random(seed)) for seed in range(4)]
+    before = [token_logprobs(model, forest).detach() for forest in forests]
+    for forest, logps_T in zip(forests, before, strict=True):
+        torch.testing.assert_close(logps_T, unrolled_logprobs(model, forest).detach(), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.sinks.fill_(-1e4)
+    without = [token_logprobs(model, forest).detach() for forest in forests]
+    assert max((a - b).abs().max() for a, b in zip(before, without, strict=True)) > 1e-2
