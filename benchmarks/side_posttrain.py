@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-from workload import BETA, Workload, side
+from workload import BETA, Moment, Workload, now, side
 
 from posttrain.data.chat import Renderer
 from posttrain.data.prepare import Prepared, prepare
@@ -23,23 +22,24 @@ def run(work: Workload, folder: Path) -> dict[str, Any]:
     policy = load(str(folder.parent / "adapter"))
     stage = _stage(work, folder)
     data = prepare(stage.data, Renderer(policy.tokenizer), need="completion" if work.kind == "sft" else "pair")
-    began = time.perf_counter()
+    began = now()
     method = _method(policy, stage, data)
-    reference = time.perf_counter() - began
+    # Of DPO's reference values: one pass over the data pays for them once.
+    before = [(b - a) / (1 + work.steps) for a, b in zip(began, now(), strict=True)]
     # In the order of the file, as the other side reads it.
     method.order = [(0, row) for row in range(len(data.rows[0]))]
-    ends: list[float] = []
+    ends: list[Moment] = []
     metrics: list[dict[str, Any]] = []
 
     def on_step(row: dict[str, Any]) -> None:
-        ends.append(time.perf_counter())
+        ends.append(now())
         metrics.append(row)
 
     train(policy, method, stage, folder, 0, on_step)
     answers = "chosen_logp" if work.kind == "dpo" else "loss"
     return {
-        # One pass over the data pays for its reference values once.
-        "seconds": [b - a + reference / (1 + work.steps) for a, b in itertools.pairwise(ends)],
+        "seconds": [b.wall - a.wall + before[0] for a, b in itertools.pairwise(ends)],
+        "cpu_seconds": [b.cpu - a.cpu + before[1] for a, b in itertools.pairwise(ends)],
         "tokens": [sum(map(len, method.batch(step).rows)) for step in range(1 + work.steps)],
         "loss": [row["loss"] for row in metrics],
         "answers": [row[answers] for row in metrics],

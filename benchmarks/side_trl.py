@@ -6,7 +6,6 @@ import itertools
 import json
 import resource
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,15 @@ from peft import LoraConfig, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
-from workload import ALPHA, BETA, RANK, Workload, side
+from workload import ALPHA, BETA, RANK, Moment, Workload, now, side
 
 
 class Clock(TrainerCallback):
     def __init__(self) -> None:
-        self.ends: list[float] = []
+        self.ends: list[Moment] = []
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.ends.append(time.perf_counter())
+        self.ends.append(now())
 
 
 def run(work: Workload, folder: Path) -> dict[str, Any]:
@@ -69,7 +68,8 @@ def run(work: Workload, folder: Path) -> dict[str, Any]:
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     lengths = [_length(row) for row in trainer.train_dataset]
     return {
-        "seconds": [b - a for a, b in itertools.pairwise(clock.ends)],
+        "seconds": [b.wall - a.wall for a, b in itertools.pairwise(clock.ends)],
+        "cpu_seconds": [b.cpu - a.cpu for a, b in itertools.pairwise(clock.ends)],
         "tokens": [sum(lengths[at : at + work.batch]) for at in range(0, len(lengths), work.batch)],
         "loss": [entry["loss"] for entry in steps],
         "answers": [entry["logps/chosen" if work.kind == "dpo" else "loss"] for entry in steps],

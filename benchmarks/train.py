@@ -63,7 +63,8 @@ def _run(name: str, python: str, work: Workload, shared: Path) -> dict[str, Any]
         found = json.loads(Path(folder, "found.json").read_text())
     print(
         f"{work.kind} {name}: losses {', '.join(f'{x:.4f}' for x in found['loss'])}; tokens a step "
-        f"{', '.join(map(str, found['tokens']))}; {_speed(found):.0f} tokens/s, {found['memory'] / 1e9:.1f} GB",
+        f"{', '.join(map(str, found['tokens']))}; {_speed(found):.0f} tokens/s, {_cpu(found):.1f} processor seconds, "
+        f"{found['memory'] / 1e9:.1f} GB",
         file=sys.stderr,
     )
     return found
@@ -82,6 +83,7 @@ def _compared(work: Workload, runs: list[dict[str, dict[str, Any]]]) -> list[dic
     pairs = [(run["posttrain"], run["trl"]) for run in runs]
     return [
         row(f"{name}: speed, times TRL's", [_speed(a) / _speed(b) for a, b in pairs], at_least=2.0),
+        row(f"{name}: processor time, share of TRL's", [_cpu(a) / _cpu(b) for a, b in pairs]),
         row(f"{name}: peak memory, share of TRL's", [a["memory"] / b["memory"] for a, b in pairs]),
         row(f"{name}: posttrain, tokens/s", [_speed(a) for a, _ in pairs]),
         row(f"{name}: TRL, tokens/s", [_speed(b) for _, b in pairs]),
@@ -93,6 +95,11 @@ def _compared(work: Workload, runs: list[dict[str, dict[str, Any]]]) -> list[dic
 def _speed(found: dict[str, Any]) -> float:
     """Tokens a second after the first step: of all sequences, each counted whole, padding not at all."""
     return sum(found["tokens"][1:]) / sum(found["seconds"])
+
+
+def _cpu(found: dict[str, Any]) -> float:
+    """Processor seconds, which a busy machine disturbs less than it does the clock."""
+    return sum(found["cpu_seconds"])
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,6 +60,16 @@ def rows(work: Workload, seed: int = 0) -> list[dict[str, str]]:
 
 def write(path: Path, work: Workload) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows(work)))
+
+
+class Moment(NamedTuple):
+    wall: float
+    cpu: float
+    """Processor time of this process, over all its threads, in seconds."""
+
+
+def now() -> Moment:
+    return Moment(time.perf_counter(), time.process_time())
 
 
 def side(run: Callable[[Workload, Path], dict[str, Any]], arguments: list[str]) -> None:

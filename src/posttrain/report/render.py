@@ -196,6 +196,7 @@ def view(records: Records, resolved: Row) -> Row:
         "retention_chart": _retention_chart(retention, stages),
         "gates": whole["decisions.json"].get("gates"),
         "monitors": whole["monitors.json"].get("rows"),
+        "alarms": _alarms(whole["monitors.json"].get("rows")),
         "ledger_fields": LEDGER,
         "compute": _compute(stages, evals),
         "absent": [(n, EXPECTED[n]) for n in records.absent if n in EXPECTED],
@@ -356,6 +357,15 @@ def _claim(suite: Row, last: str) -> Row:
         if isinstance(lenient, dict)
         else None,
     }
+
+
+def _alarms(rows: Any) -> dict[str, list[Row]]:
+    """What warned or halted, by name: one alarm over several stages is one line."""
+    alarms: dict[str, list[Row]] = {}
+    for row in rows or []:
+        if row.get("level") in ("warn", "halt"):
+            alarms.setdefault(str(row.get("name")), []).append(row)
+    return alarms
 
 
 def _retention_chart(retention: Mapping[str, Row], stages: Sequence[Row]) -> Markup | None:
