@@ -25,25 +25,25 @@ def watch_stage(stage: str, kind: str, metrics: Sequence[Row]) -> list[Row]:
     found = []
     if skipped := sum(m.get("skipped", 0) for m in metrics):
         found.append(
-            _row("skipped steps", stage, skipped, 0, skipped <= 0, "steps whose loss or gradient was not finite")
+            _row("skipped steps", stage, skipped, 0, skipped <= 0, "Steps whose loss or gradient was not finite")
         )
     if kind == "dpo":
         fall = _end(metrics, "chosen_logp") - _start(metrics, "chosen_logp")
-        text = "change of the chosen answers' log-probability; DPO can lower both sides (an NLL term guards it)"
+        text = "Change of the chosen answers' log-probability; DPO can lower both sides (an NLL term guards it)"
         found.append(_row("chosen log-probability", stage, fall, -1.0, fall >= -1.0, text))
     if kind == "grpo":
         signal = float(np.mean(_values(metrics, "signal")))
-        text = "mean share of groups whose answers scored differently; the others teach nothing"
+        text = "Mean share of groups whose answers scored differently; the others teach nothing"
         found.append(_row("groups with signal", stage, signal, SIGNAL, signal >= SIGNAL, text))
         apart = [*_values(metrics, "mismatch_max"), *(1 / v for v in _values(metrics, "mismatch_min"))]
         if apart:
-            text = "largest ratio between trainer's and sampler's probability of a token"
+            text = "Largest ratio between trainer's and sampler's probability of a token"
             found.append(_row("sampler mismatch", stage, max(apart), MISMATCH, max(apart) <= MISMATCH, text))
         growth = _end(metrics, "length") / _start(metrics, "length")
-        text = "mean completion length at the end over that at the start; growth is easily read as quality"
+        text = "Mean completion length at the end over that at the start; growth is easily read as quality"
         found.append(_row("length growth", stage, growth, LENGTH, growth <= LENGTH, text))
         if (unscored := float(np.mean(_values(metrics, "unscored")))) > 0:
-            found.append(_row("unscored completions", stage, unscored, 0, False, "share the verifier failed on"))
+            found.append(_row("unscored completions", stage, unscored, 0, False, "Share the verifier failed on"))
     return found
 
 
@@ -55,7 +55,7 @@ def watch_evals(evals: Mapping[str, Any]) -> list[Row]:
         found.append(_row("drift", row["stage"], row["kl"], DRIFT, row["kl"] <= DRIFT, text))
     for row in evals["suites"]:
         if row["stage"] != "base":
-            text = f"share of answers in {row['suite']} that could not be read"
+            text = f"Share of answers in {row['suite']} that could not be read"
             found.append(
                 _row(
                     f"unparsed, {row['suite']}",
@@ -70,7 +70,7 @@ def watch_evals(evals: Mapping[str, Any]) -> list[Row]:
         if row["against"] == "base":
             lenient = row["lenient"]
             fell = lenient["interval"][1] < 0
-            text = f"right answers in {row['suite']}, prose counted too, against the base; all below 0 is forgetting"
+            text = f"Right answers in {row['suite']}, prose counted too, against the base; all below 0 is forgetting"
             found.append(_row(f"forgetting, {row['suite']}", row["stage"], lenient["diff"], 0, not fell, text))
     return found
 
