@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,21 +20,22 @@ from posttrain.forest.tree import Forest
 NAME = "posttrain_forest"
 
 
+class Scoring(NamedTuple):
+    """What a model asks of its attention, beside queries, keys and values."""
+
+    scale: float
+    """Scores are multiplied by it."""
+    window: int | None = None
+    """Tokens a query may look back on, itself included; None for all."""
+    softcap: float | None = None
+    """Gemma 2's bound: scores become softcap * tanh(score / softcap)."""
+    sinks: Tensor | None = None
+    """[H], gpt-oss's extra logits in the softmax."""
+
+
 class Layout(Protocol):
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
-        """query [1, H, T, d]; key, value [1, Hkv, T, d]; returns [1, H, T, d]. `window` counts the query itself;
-        `softcap` is Gemma 2's tanh bound on scores; `sinks` [H] are gpt-oss's extra logits in the softmax."""
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        """query [1, H, T, d]; key, value [1, Hkv, T, d]; returns [1, H, T, d]."""
 
 
 def _attention(
@@ -54,15 +55,13 @@ def _attention(
 ) -> tuple[Tensor, None]:
     if dropout:
         raise ValueError("attention dropout is on: put the model in eval mode (posttrain trains without dropout)")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = layout.attend(
         int(module.layer_idx),  # type: ignore[arg-type]
         query,
         key,
         value,
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=sliding_window,
-        softcap=softcap,
-        sinks=s_aux,
+        Scoring(scale, sliding_window, softcap, s_aux),
     )
     return out.transpose(1, 2), None
 
@@ -79,18 +78,8 @@ class Tree:
         self.forest = forest
         self.paths = [forest.path(i) for i in range(len(forest.segments))]
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        scale, window, softcap, sinks = scoring
         repeat = query.shape[1] // key.shape[1]
         if repeat > 1:
             key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)

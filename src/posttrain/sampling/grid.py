@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from posttrain.forest.attention import Tree, soften
+from posttrain.forest.attention import Scoring, Tree, soften
 from posttrain.forest.tree import Forest
 
 BLOCK = 32
@@ -23,9 +23,9 @@ class Prefill(Tree):
         super().__init__(forest)
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **how) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         self.kept[layer] = (key[0], value[0])
-        return super().attend(layer, query, key, value, **how)
+        return super().attend(layer, query, key, value, scoring)
 
 
 class Grid:
@@ -72,19 +72,9 @@ class Decode:
         self.position_B = grid.prompt_P[p_B] + self.at_B
         self._hidden: dict[int | None, Tensor] = {}
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """query [1, H, B, d]; key, value [1, Hkv, B, d]."""
+        scale, window, softcap, sinks = scoring
         grid, p_B, g_B = self.grid, self.p_B, self.g_B
         P, G, (_, H, _, d), Hkv = grid.P, grid.G, query.shape, key.shape[1]
         r = H // Hkv
