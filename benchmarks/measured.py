@@ -14,15 +14,19 @@ from pathlib import Path
 from typing import Any
 
 
-def row(what: str, values: Sequence[float], at_least: float | None = None) -> dict[str, Any]:
-    """The median of repeated measurements, with the lowest and the highest."""
-    value = statistics.median(values)
+def row(
+    what: str, values: Sequence[float], at_least: float | None = None, at_most: float | None = None
+) -> dict[str, Any]:
+    """The median of repeated measurements, the lowest and the highest of them, and whether the goal is met, if any."""
+    value = round(statistics.median(values), 3)
+    goals = {name: goal for name, goal in (("at_least", at_least), ("at_most", at_most)) if goal is not None}
+    if goals:
+        goals["met"] = value >= goals.get("at_least", value) and value <= goals.get("at_most", value)
     return {
         "what": what,
-        "value": round(value, 3),
+        "value": value,
         "spread": [round(min(values), 3), round(max(values), 3)],
-        "at_least": at_least,
-        "met": None if at_least is None else value >= at_least,
+        **goals,
         "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
         "machine": machine(),
     }
@@ -32,7 +36,8 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     width = max(len(r["what"]) for r in rows)
     for r in rows:
         low, high = r["spread"]
-        goal = "" if r["at_least"] is None else f"  {'meets' if r['met'] else 'MISSES'} {r['at_least']}"
+        goals = [f"{name.replace('_', ' ')} {r[name]}" for name in ("at_least", "at_most") if name in r]
+        goal = f"  {'met' if r['met'] else 'NOT MET'}: {', '.join(goals)}" if goals else ""
         print(f"{r['what']:{width}}  {r['value']:10.2f}  ({low:.2f} to {high:.2f}){goal}")
 
 
