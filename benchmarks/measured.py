@@ -15,7 +15,7 @@ from typing import Any
 
 
 def row(
-    what: str, values: Sequence[float], at_least: float | None = None, at_most: float | None = None
+    what: str, unit: str, values: Sequence[float], at_least: float | None = None, at_most: float | None = None
 ) -> dict[str, Any]:
     """The median of repeated measurements, the lowest and the highest of them, and whether the goal is met, if any."""
     value = round(statistics.median(values), 3)
@@ -25,6 +25,7 @@ def row(
     return {
         "what": what,
         "value": value,
+        "unit": unit,
         "spread": [round(min(values), 3), round(max(values), 3)],
         **goals,
         "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
@@ -38,7 +39,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         low, high = r["spread"]
         goals = [f"{name.replace('_', ' ')} {r[name]}" for name in ("at_least", "at_most") if name in r]
         goal = f"  {'met' if r['met'] else 'NOT MET'}: {', '.join(goals)}" if goals else ""
-        print(f"{r['what']:{width}}  {r['value']:10.2f}  ({low:.2f} to {high:.2f}){goal}")
+        print(f"{r['what']:{width}}  {r['value']:10.2f} {r['unit']:8}  ({low:.2f} to {high:.2f}){goal}")
 
 
 def keep(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -55,4 +56,5 @@ def machine() -> str:
     if cpuinfo.exists():
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
-    return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {version('torch')}"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    return f"{model}, cores: {os.cpu_count()}, {memory:.0f} GB, torch {version('torch')}"

@@ -57,9 +57,14 @@ def main() -> None:
         ours.append(sum(map(len, written)) / (middle - began))
         theirs.append(sum(map(len, generated)) / (ended - middle))
     rows = [
-        row("sampling: speed, times generate's", [a / b for a, b in zip(ours, theirs, strict=True)], at_least=1.0),
-        row("sampling: posttrain, new tokens/s", ours),
-        row("sampling: generate, new tokens/s", theirs),
+        row(
+            "sampling: speed against generate's",
+            "times",
+            [a / b for a, b in zip(ours, theirs, strict=True)],
+            at_least=1.0,
+        ),
+        row("sampling: posttrain, new tokens", "tokens/s", ours),
+        row("sampling: generate, new tokens", "tokens/s", theirs),
     ]
     show(rows)
     if args.out:

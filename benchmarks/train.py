@@ -82,13 +82,13 @@ def _compared(work: Workload, runs: list[dict[str, dict[str, Any]]]) -> list[dic
     name = work.kind.upper()
     pairs = [(run["posttrain"], run["trl"]) for run in runs]
     return [
-        row(f"{name}: speed, times TRL's", [_speed(a) / _speed(b) for a, b in pairs], at_least=work.at_least),
-        row(f"{name}: processor time, share of TRL's", [_cpu(a) / _cpu(b) for a, b in pairs]),
-        row(f"{name}: peak memory, share of TRL's", [a["memory"] / b["memory"] for a, b in pairs], at_most=0.5),
-        row(f"{name}: posttrain, tokens/s", [_speed(a) for a, _ in pairs]),
-        row(f"{name}: TRL, tokens/s", [_speed(b) for _, b in pairs]),
-        row(f"{name}: posttrain, peak memory in GB", [a["memory"] / 1e9 for a, _ in pairs]),
-        row(f"{name}: TRL, peak memory in GB", [b["memory"] / 1e9 for _, b in pairs]),
+        row(f"{name}: speed against TRL's", "times", [_speed(a) / _speed(b) for a, b in pairs], at_least=work.at_least),
+        row(f"{name}: processor time against TRL's", "share", [_cpu(a) / _cpu(b) for a, b in pairs]),
+        row(f"{name}: peak memory against TRL's", "share", [a["memory"] / b["memory"] for a, b in pairs], at_most=0.5),
+        row(f"{name}: posttrain, speed", "tokens/s", [_speed(a) for a, _ in pairs]),
+        row(f"{name}: TRL, speed", "tokens/s", [_speed(b) for _, b in pairs]),
+        row(f"{name}: posttrain, peak memory", "GB", [a["memory"] / 1e9 for a, _ in pairs]),
+        row(f"{name}: TRL, peak memory", "GB", [b["memory"] / 1e9 for _, b in pairs]),
     ]
 
 
