@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test constraints clean
+.PHONY: help demo test bench constraints clean
 
 help:  ## What there is to make
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -18,6 +18,10 @@ test: $(STAMP)  ## Check style and types, run the tests
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2
+
+bench: $(STAMP)  ## Measure training against TRL, in an environment of its own (minutes; leave the machine alone)
+	$(BIN)/python benchmarks/train.py --out docs/measured/engine.json
+	$(BIN)/python docs/render.py
 
 # The stamp goes first and comes back last. Where it is missing an installation was cut short, and pip cannot tell
 # a half-written package from a whole one: start over (its cache makes that quick).

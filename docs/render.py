@@ -35,8 +35,9 @@ def rendered(text: str) -> str:
 
 def measured_table(rows: Sequence[dict[str, Any]]) -> str:
     """A line for each row, and once for all rows of a command how they came about."""
+    interval = "lowest to highest" if any("spread" in row for row in rows) else "95 % interval"
     lines = _table(
-        ("what", "measured", "95 % interval", "required", "met"),
+        ("what", "measured", interval, "required", "met"),
         (
             (
                 row["what"],
@@ -101,15 +102,18 @@ def _value(value: float, unit: str) -> str:
             return f"{100 * value:+.1f} points"
         case "nats/token":
             return f"{value:.3f} nats/token"
+        case "times":
+            return f"{value:.2f} times"
         case "GB":
             return f"{value:.1f} GB"
     return f"{value:,.0f} {unit}"
 
 
 def _interval(row: dict[str, Any]) -> str:
-    if not row.get("interval"):
+    ends = row.get("interval") or row.get("spread")
+    if not ends:
         return ""
-    low, high = (_value(end, row["unit"]) for end in row["interval"])
+    low, high = (_value(end, row["unit"]) for end in ends)
     return f"{low.split()[0]} to {high}"
 
 

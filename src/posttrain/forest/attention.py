@@ -84,12 +84,13 @@ class Tree:
         if repeat > 1:
             key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
         segments = self.forest.segments
+        # Split once: the gradient of a slice is a tensor of the whole row's size, one for every slice.
+        sizes = [s.stop - s.start for s in segments]
+        queries, keys, values = query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2)
         outs = []
         for i, s in enumerate(segments):
-            spans = [(segments[p].start, segments[p].stop) for p in self.paths[i]]
-            q = query[:, :, s.start : s.stop]
-            k = _take(key, spans)
-            v = _take(value, spans)
+            q = queries[i]
+            k, v = (torch.cat([parts[p] for p in self.paths[i]], 2) for parts in (keys, values))
             plain = softcap is None and sinks is None
             if plain and s.parent < 0 and not _windowed(s, window):
                 outs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale))
@@ -128,11 +129,6 @@ def soften(scores: Tensor, sinks: Tensor | None) -> Tensor:
 
 def _windowed(s: Any, window: int | None) -> bool:
     return window is not None and s.position + s.stop - s.start > window
-
-
-def _take(x: Tensor, spans: list[tuple[int, int]]) -> Tensor:
-    parts = [x[:, :, a:b] for a, b in spans]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
 def decoder(model: torch.nn.Module) -> PreTrainedModel:

@@ -106,7 +106,7 @@ class StageBase(Block):
     steps: int = Field(ge=1, description="Optimiser steps.")
     batch_size: int = Field(8, ge=1, description="Examples (sft), pairs (dpo) or prompts (grpo) in one step.")
     tokens_per_forward: int = Field(
-        4096, ge=16, description="Token budget of one forward pass; changes memory and speed, never the result."
+        1024, ge=16, description="Token budget of one forward pass; changes memory and speed, never the result."
     )
     optim: Optim = Field(default_factory=lambda: Optim(), description="Optimiser and its schedule.")
     checkpoint_every: int = Field(10, ge=1, description="Steps between checkpoints.")
