@@ -44,4 +44,4 @@ constraints: $(STAMP)  ## Write constraints.txt anew from what is installed
 	@touch $(STAMP)
 
 clean:  ## Remove the environment and caches; runs/ stays
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-peers .pytest_cache .mypy_cache .ruff_cache .hypothesis
