@@ -291,16 +291,12 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path):
         put(tmp_path / "file" / "checkpoints", 1)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_folder_is_told(tmp_path):
-    put(tmp_path, 10)
-    tmp_path.chmod(0o555)
-    try:
-        with pytest.raises(UserError, match="Permission denied"):
-            put(tmp_path, 20)
-        assert step_of(tmp_path) == 10
-    finally:
-        tmp_path.chmod(0o755)
+def test_a_read_only_folder_is_told(read_only_folder):
+    folder, locked = read_only_folder
+    put(folder, 10)
+    with locked(), pytest.raises(UserError, match="Permission denied"):
+        put(folder, 20)
+    assert step_of(folder) == 10
 
 
 def test_state_that_json_cannot_hold_exactly_is_refused_before_anything_is_written(tmp_path):

@@ -318,14 +318,10 @@ def test_a_folder_that_is_a_file_is_told(tmp_path):
         run("sft", tmp_path / "file")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_folder_is_told(tmp_path):
-    tmp_path.chmod(0o555)
-    try:
-        with pytest.raises(UserError, match=r"cannot be written"):
-            run("sft", tmp_path)
-    finally:
-        tmp_path.chmod(0o755)
+def test_a_read_only_folder_is_told(read_only_folder):
+    folder, locked = read_only_folder
+    with locked(), pytest.raises(UserError, match=r"cannot be written"):
+        run("sft", folder)
 
 
 @pytest.mark.parametrize("name", ["sft", "dpo"])

@@ -106,7 +106,9 @@ class StageBase(Block):
     steps: int = Field(ge=1, description="Optimiser steps.")
     batch_size: int = Field(8, ge=1, description="Examples (sft), pairs (dpo) or prompts (grpo) in one step.")
     tokens_per_forward: int = Field(
-        1024, ge=16, description="Token budget of one forward pass; changes memory and speed, never the result."
+        1024,
+        ge=16,
+        description="Token budget of one forward pass; changes memory and speed, never the result (except which values an adapter's dropout drops).",
     )
     optim: Optim = Field(default_factory=lambda: Optim(), description="Optimiser and its schedule.")
     checkpoint_every: int = Field(10, ge=1, description="Steps between checkpoints.")
