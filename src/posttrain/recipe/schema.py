@@ -108,7 +108,8 @@ class StageBase(Block):
     tokens_per_forward: int = Field(
         1024,
         ge=16,
-        description="Token budget of one forward pass; changes memory and speed, never the result (except which values an adapter's dropout drops).",
+        description="Token budget of one forward pass; changes memory and speed, never the result "
+        "(but for what an adapter's dropout drops).",
     )
     optim: Optim = Field(default_factory=lambda: Optim(), description="Optimiser and its schedule.")
     checkpoint_every: int = Field(10, ge=1, description="Steps between checkpoints.")
