@@ -12,6 +12,7 @@ import pytest
 
 ORDER = (
     "recipe",
+    "machine",
     "losses",
     "forest",
     "credit",

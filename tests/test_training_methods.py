@@ -29,6 +29,7 @@ from posttrain.sampling.local import LocalSampler
 from posttrain.training.batch import Batch, Method
 from posttrain.training.dpo import DpoMethod, pairs_from_data, pairs_on_policy, read_pairs, write_pairs
 from posttrain.training.loop import _gradient, train
+from posttrain.training.world import ALONE
 
 TIGHT = {"rtol": 1e-9, "atol": 1e-12}
 LOOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -86,7 +87,7 @@ def agree(policy: Policy, naive: Policy, rows: list[dict[str, Any]], steps: list
 
 def gradient(policy: Policy, method: Method, batch: Batch, stage: Any) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Loss and metrics of the step, and its gradient."""
-    found, _ = _gradient(policy, method, batch, stage)
+    found, _ = _gradient(policy, method, batch, stage.tokens_per_forward, ALONE)
     gradients = {n: p.grad.clone() for n, p in policy.parameters().items() if p.grad is not None}
     policy.model.zero_grad(set_to_none=True)
     return found, gradients
@@ -375,7 +376,7 @@ def test_a_text_of_one_token_is_no_error():
     data = prepared([Example("t", text="")])
     method = sft(stage_of("sft", batch_size=1), data)
     policy = policy64()
-    found, _ = _gradient(policy, method, method.batch(0), method.stage)
+    found, _ = _gradient(policy, method, method.batch(0), 1024, ALONE)
     assert found["loss"] == 0
 
 

@@ -1,6 +1,17 @@
 """The packed shared-prefix batch and its log-probabilities."""
 
-from posttrain.forest.logprobs import token_logprobs, unrolled_logprobs
-from posttrain.forest.tree import Forest, Row, grow, pack, split
+from posttrain.forest.logprobs import hidden_states, token_logprobs, unrolled_hidden_states, unrolled_logprobs
+from posttrain.forest.tree import Forest, Row, grow, pack, share, split
 
-__all__ = ["Forest", "Row", "grow", "pack", "split", "token_logprobs", "unrolled_logprobs"]
+__all__ = [
+    "Forest",
+    "Row",
+    "grow",
+    "hidden_states",
+    "pack",
+    "share",
+    "split",
+    "token_logprobs",
+    "unrolled_hidden_states",
+    "unrolled_logprobs",
+]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from posttrain.forest.attention import NAME, Tree, attending, decoder, unsupported
+from posttrain.forest.attention import NAME, Layout, Tree, attending, decoder, unsupported
+from posttrain.forest.flex import Flex
 from posttrain.forest.tree import Forest
 from posttrain.records import UserError
 
@@ -16,53 +18,68 @@ CHUNK = 512
 """Target tokens whose [chunk, V] logits exist at one time; they are computed again for the gradient."""
 
 
-def token_logprobs(model: torch.nn.Module, forest: Forest, temperature: float = 1.0) -> Tensor:
+States = Callable[[torch.nn.Module, Forest], Tensor]
+"""`hidden_states`, or `unrolled_hidden_states` where a slow and simple oracle is wanted."""
+
+
+def token_logprobs(
+    model: torch.nn.Module, forest: Forest, temperature: float = 1.0, states: States | None = None
+) -> Tensor:
     """[T] float32 (float64 for a float64 model): log pi(token | its path before it) in nats at the target tokens,
     0 elsewhere. Logits are divided by `temperature` first.
     """
-    return _gather(model, hidden_states(model, forest), forest, temperature)
+    hidden_TD = (states or hidden_states)(model, forest)
+    return _gather(model, hidden_TD[forest.predicting_N], forest, temperature)
 
 
 def unrolled_logprobs(model: torch.nn.Module, forest: Forest, temperature: float = 1.0) -> Tensor:
     """The same numbers, the plain way: the oracle of `token_logprobs`."""
-    return _gather(model, unrolled_hidden_states(model, forest), forest, temperature)
+    return token_logprobs(model, forest, temperature, unrolled_hidden_states)
 
 
-def hidden_states(model: torch.nn.Module, forest: Forest) -> Tensor:
-    """[N, D]: for each of the forest's N target tokens the last hidden state of the token before it.
+def hidden_states(model: torch.nn.Module, forest: Forest, layout: Callable[[Forest], Layout] | None = None) -> Tensor:
+    """[T, D]: the decoder's last hidden state at every token.
 
-    A model that cannot attend over a forest is computed one sequence at a time instead, and a warning says so.
+    `layout` is `Flex` on CUDA and `Tree` elsewhere, where none is given. A model that cannot attend over a forest is
+    computed one sequence at a time instead, and a warning says so.
     """
     why = unsupported(model)
     if why is not None:
         warnings.warn(f"one sequence at a time, without sharing: {why}", stacklevel=3)
         return unrolled_hidden_states(model, forest)
+    layout = layout or (Flex if forest.ids_T.is_cuda else Tree)
     with attending(model, NAME):
-        out_TD = (
+        return (
             decoder(model)
             .get_decoder()(
-                input_ids=forest.ids_T[None], position_ids=forest.position_T[None], use_cache=False, layout=Tree(forest)
+                input_ids=forest.ids_T[None],
+                position_ids=forest.position_T[None],
+                use_cache=False,
+                layout=layout(forest),
             )
             .last_hidden_state[0]
         )
-    return out_TD[forest.previous_T[forest.target_T]]
 
 
 def unrolled_hidden_states(model: torch.nn.Module, forest: Forest) -> Tensor:
-    """What `hidden_states` gives, from one forward pass for each leaf with the model's own attention."""
+    """What `hidden_states` gives, from one forward pass for each leaf with the model's own attention.
+
+    A shared token's state is the mean over the leaves that share it: in value the same as any one's, and its gradient
+    reaches all of them.
+    """
     inner = {s.parent for s in forest.segments}
-    done_T, slot_T = ~forest.target_T, forest.target_T.cumsum(0) - 1
     states, slots = [], []
     for leaf in set(range(len(forest.segments))) - inner:
         path = [forest.segments[i] for i in forest.path(leaf)]
         at_L = torch.cat([torch.arange(s.start, s.stop) for s in path])
-        new_L = ~done_T[at_L]
-        done_T[at_L] = True
-        out_LD = decoder(model).get_decoder()(input_ids=forest.ids_T[at_L][None], use_cache=False).last_hidden_state[0]
-        states.append(out_LD[new_L.nonzero().squeeze(1) - 1])
-        slots.append(slot_T[at_L[new_L]])
-    states_ND = torch.cat(states)
-    return torch.zeros_like(states_ND).index_copy(0, torch.cat(slots), states_ND)
+        states.append(
+            decoder(model).get_decoder()(input_ids=forest.ids_T[at_L][None], use_cache=False).last_hidden_state[0]
+        )
+        slots.append(at_L)
+    states_ND, slots_N = torch.cat(states), torch.cat(slots)
+    uses_T = slots_N.bincount(minlength=len(forest))
+    weighed_ND = states_ND / uses_T[slots_N, None]
+    return states_ND.new_zeros(len(forest), states_ND.shape[1]).index_add(0, slots_N, weighed_ND)
 
 
 def head(model: torch.nn.Module, hidden_ND: Tensor) -> Tensor:

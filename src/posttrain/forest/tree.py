@@ -59,8 +59,8 @@ class Forest:
     """Index of the row that a completion token belongs to; -1 for shared context."""
     spans: tuple[tuple[int, int], ...]
     """[start, stop) of each row's completion in the packed row."""
-    masks: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
-    """Attention masks by (segment, window, dtype), made by the attention backend on first use."""
+    masks: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    """Attention masks that a layout made on first use, by keys of its own."""
 
     def __len__(self) -> int:
         return len(self.ids_T)
@@ -76,6 +76,11 @@ class Forest:
         for s in self.segments:
             previous[s.start] = self.segments[s.parent].stop - 1 if s.parent >= 0 else -1
         return previous
+
+    @property
+    def predicting_N(self) -> Tensor:
+        """Index of the token before each of the N target tokens: its hidden state gives the target's logits."""
+        return self.previous_T[self.target_T]
 
     def path(self, segment: int) -> list[int]:
         """Segment indices from the root down to `segment`."""
@@ -188,3 +193,29 @@ def split(rows: Sequence[Row], units: Sequence[tuple[int, ...]], budget: int) ->
             packs.append([u])
             used = whole
     return packs
+
+
+def share(rows: Sequence[Row], units: Sequence[tuple[int, ...]], workers: int) -> list[list[int]]:
+    """Indices of `units` for each of `workers`, about as many tokens for each; a worker may get none.
+
+    Units of one context stay together while that leaves every worker with work, for then their context is computed
+    once. The largest goes first, always to the worker with the least so far. Only speed depends on the result.
+    """
+    if workers == 1:
+        return [list(range(len(units)))]
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for u, unit in enumerate(units):
+        alike.setdefault(rows[unit[0]].context, []).append(u)
+    together = list(alike.values()) if len(alike) >= workers else [[u] for u in range(len(units))]
+
+    def size(members: list[int]) -> int:
+        new = sum(len(rows[i].completion) for u in members for i in units[u])
+        return len(rows[units[members[0]][0]].context) + new
+
+    shares: list[list[int]] = [[] for _ in range(workers)]
+    loads = [0] * workers
+    for members in sorted(together, key=size, reverse=True):
+        least = loads.index(min(loads))
+        shares[least] += members
+        loads[least] += size(members)
+    return [sorted(share) for share in shares]

@@ -104,12 +104,23 @@ class StageBase(Block):
     )
     data: Data = Field(description="What the stage learns from.")
     steps: int = Field(ge=1, description="Optimiser steps.")
-    batch_size: int = Field(8, ge=1, description="Examples (sft), pairs (dpo) or prompts (grpo) in one step.")
+    batch_size: int = Field(
+        8, ge=1, description="Examples (sft), pairs (dpo, reward_model) or prompts (grpo) in one step."
+    )
     tokens_per_forward: int = Field(
         1024,
         ge=16,
         description="Token budget of one forward pass; changes memory and speed, never the result "
         "(but for what an adapter's dropout drops).",
+    )
+    memory_gb: float | None = Field(
+        None, gt=0, description="Memory the stage may take, in GB; tokens_per_forward is lowered until it fits."
+    )
+    activation_checkpointing: bool = Field(
+        False, description="Keep no activations inside a layer but compute them again: less memory, a third more time."
+    )
+    check_first_step: bool = Field(
+        True, description="Compare the packed forward and backward pass with the plain one before the first step."
     )
     optim: Optim = Field(default_factory=lambda: Optim(), description="Optimiser and its schedule.")
     checkpoint_every: int = Field(10, ge=1, description="Steps between checkpoints.")
@@ -161,6 +172,27 @@ class Dpo(StageBase):
     )
 
 
+class RewardModel(StageBase):
+    """Bradley-Terry reward model (Ouyang et al., 2203.02155): one number for an answer, read at its last token."""
+
+    kind: Literal["reward_model"] = Field(description="The method.")
+    optim: Optim = Field(default_factory=lambda: Optim(lr=1e-4), description="Optimiser and its schedule.")
+    centring: float = Field(
+        0.0, ge=0, description="Weight of (chosen + rejected reward)^2; keeps rewards around 0 (2312.09244: 0.01)."
+    )
+    holdout: float = Field(
+        0.1, ge=0, lt=1, description="Share of the pairs kept out of training; accuracy is measured on them."
+    )
+
+    @model_validator(mode="after")
+    def _answers_end(self) -> RewardModel:
+        if self.data.too_long == "truncate":
+            raise Misfit(
+                (("data", "too_long"), "a reward is read where an answer ends: none may be cut; take drop or error")
+            )
+        return self
+
+
 class Grpo(StageBase):
     """Group-relative policy optimisation (Shao et al., 2402.03300) with a verifier's reward."""
 
@@ -206,7 +238,7 @@ class Grpo(StageBase):
         return self
 
 
-Stage = Annotated[Sft | Dpo | Grpo, Field(discriminator="kind")]
+Stage = Annotated[Sft | Dpo | RewardModel | Grpo, Field(discriminator="kind")]
 
 
 class Suite(Block):
@@ -268,13 +300,21 @@ class Recipe(Block):
     def _names_resolve(self) -> Recipe:
         problems: list[tuple[tuple[str | int, ...], str]] = []
         stages: list[str] = []
+        writers = ["base"]  # what a stage can start from, an evaluation ask, a gate speak of
         for i, stage in enumerate(self.stages):
             if stage.id in ("base", *stages):
                 problems.append((("stages", i, "id"), f"{stage.id!r} is taken; give each stage its own (not 'base')"))
             if stage.from_ is not None and stage.from_ not in ("base", *stages):
                 earlier = ", ".join(("base", *stages))
                 problems.append((("stages", i, "from"), f"{stage.from_!r} is no earlier stage (these are: {earlier})"))
+            start = stage.from_ or (stages[-1] if stages else "base")
+            if start in stages and start not in writers:
+                there = ", ".join(writers)
+                what = f"{start!r} is a reward model, which writes no text; start from another one (there are: {there})"
+                problems.append((("stages", i, "from"), what))
             stages.append(stage.id)
+            if stage.kind != "reward_model":
+                writers.append(stage.id)
         suites: list[str] = []
         for i, suite in enumerate(self.evals.suites):
             if suite.id in ("retention", *suites):
@@ -282,6 +322,9 @@ class Recipe(Block):
                 problems.append((where, f"{suite.id!r} is taken; give each suite its own (not 'retention')"))
             suites.append(suite.id)
         known = [*suites, *(["retention"] if self.evals.retention else [])]
+        if self.gates and self.stages[-1].kind == "reward_model":
+            what = "gates speak of the last stage's model, and a reward model answers no suite; put that stage earlier"
+            problems.append((("gates",), what))
         for i, gate in enumerate(self.gates):
             if gate.suite not in known:
                 there = ", ".join(known) or "none"

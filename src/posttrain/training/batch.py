@@ -11,8 +11,9 @@ from torch import Tensor
 
 from posttrain.data.chat import Rendered
 from posttrain.forest import Forest, Row, pack, split, token_logprobs
+from posttrain.forest.logprobs import States
 from posttrain.losses import Counts
-from posttrain.records import Ledger
+from posttrain.records import Example, Ledger
 
 
 @dataclass(frozen=True)
@@ -34,21 +35,32 @@ class Batch:
 class Method(Protocol):
     """One way to train. The loop calls `batch` once a step and `loss` once for each forward pass of it."""
 
-    temperature: float
-    """Logits are divided by it before log-probabilities are taken: what the rollouts were sampled at, else 1."""
     period: int
     """A checkpoint may only be taken after so many steps or a multiple: 1, or how often a batch is used."""
 
     def batch(self, step: int) -> Batch:
         """The same for the same step and weights, whatever ran before: a resumed run asks for it again."""
 
+    def forward(self, model: torch.nn.Module, forest: Forest, states: States) -> Tensor:
+        """What the loss needs of the model. `states` gives the hidden states [T, D] of a forest."""
+
     def loss(
-        self, batch: Batch, rows: Sequence[int], forest: Forest, logps_T: Tensor
+        self, batch: Batch, rows: Sequence[int], forest: Forest, outputs: Tensor
     ) -> tuple[Tensor, dict[str, float]]:
         """This forward pass's part of the step's loss, and of its metrics. `rows[i]` is row i of the forest.
 
-        Parts add up over the passes of a step; metrics that end in _min and _max are combined so.
+        Parts add up over the passes of a step and over workers; metrics that end in _min and _max are combined so.
         """
+
+
+class LogProbs:
+    """The `forward` of every method that learns from log-probabilities [T]."""
+
+    temperature = 1.0
+    """Logits are divided by it before log-probabilities are taken: what the rollouts were sampled at."""
+
+    def forward(self, model: torch.nn.Module, forest: Forest, states: States) -> Tensor:
+        return token_logprobs(model, forest, self.temperature, states)
 
 
 def row(prompt: Sequence[int], completion: Sequence[int], target: Sequence[bool]) -> Row:
@@ -64,6 +76,18 @@ def chosen(rendered: Rendered) -> Row:
 
 def rejected(rendered: Rendered) -> Row:
     return row(rendered.prompt_ids, rendered.rejected_ids, rendered.rejected_target)
+
+
+def asked(example: Example) -> str:
+    """What the answer answers, for a reader."""
+    return str(example.prompt[-1]["content"]) if example.prompt else ""
+
+
+def pair_sample(example: Example) -> dict[str, Any]:
+    """How a pair from the data looks to a reader."""
+    sides = (example.completion, example.rejected)
+    text, other = (str(side[-1].get("content", "")) if side else "" for side in sides)
+    return {"prompt": asked(example), "text": text, "rejected": other}
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from posttrain.models.policy import Policy
 from posttrain.recipe.schema import Dpo
 from posttrain.records import Example, Ledger, Score, UserError, derive
 from posttrain.sampling.protocol import Sampler
-from posttrain.training.batch import Batch, chosen, frozen_logprobs, rejected
+from posttrain.training.batch import Batch, LogProbs, asked, chosen, frozen_logprobs, pair_sample, rejected
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,9 @@ class Pair:
     """How the pair looks to a reader."""
 
 
-class DpoMethod:
+class DpoMethod(LogProbs):
     """The starting weights are the reference; their log-probabilities are taken once, before the first step."""
 
-    temperature = 1.0
     period = 1
 
     def __init__(self, stage: Dpo, data: Prepared, seed: int, pairs: list[list[Pair]]) -> None:
@@ -94,12 +93,7 @@ def pairs_from_data(policy: Policy, stage: Dpo, data: Prepared, seed: int) -> li
     """
 
     def sides(r: Rendered) -> tuple[Row, Row, dict[str, Any]]:
-        sample = {
-            "prompt": _asked(r.example),
-            "text": _said(r.example.completion),
-            "rejected": _said(r.example.rejected),
-        }
-        return chosen(r), rejected(r), sample
+        return chosen(r), rejected(r), pair_sample(r.example)
 
     sizes, slots = [len(rows) for rows in data.rows], stage.steps * stage.batch_size
     used = sorted(set(schedule(sizes, data.weights, slots, derive(seed, stage.id, "rows"))))
@@ -136,7 +130,7 @@ def pairs_on_policy(
     scores = [score(r.example, r.text) for r in rollouts]
     for best, worst in pairs(rollouts, scores, rng):
         sample = {
-            "prompt": _asked(rollouts[best].example),
+            "prompt": asked(rollouts[best].example),
             "text": rollouts[best].text,
             "score": scores[best].value,
             "outcome": scores[best].outcome,
@@ -190,11 +184,3 @@ def _referenced(policy: Policy, stage: Dpo, sides: list[tuple[Row, Row, dict[str
     rows = [row for a, b, _ in sides for row in (a, b)]
     sums = [sum(logps) for logps in frozen_logprobs(policy.model, rows, stage.tokens_per_forward)]
     return [Pair(a, b, (sums[2 * i], sums[2 * i + 1]), sample) for i, (a, b, sample) in enumerate(sides)]
-
-
-def _asked(example: Example) -> str:
-    return str(example.prompt[-1]["content"]) if example.prompt else ""
-
-
-def _said(messages: Sequence[Any]) -> str:
-    return str(messages[-1].get("content", "")) if messages else ""

@@ -24,10 +24,10 @@ from posttrain.models.policy import Policy
 from posttrain.recipe.schema import Grpo
 from posttrain.records import Example, Score, derive
 from posttrain.sampling.protocol import Sampler
-from posttrain.training.batch import Batch, frozen_logprobs
+from posttrain.training.batch import Batch, LogProbs, frozen_logprobs
 
 
-class GrpoMethod:
+class GrpoMethod(LogProbs):
     """Rollouts are drawn every `iterations` steps. Groups without signal are not computed.
 
     Departures from Shao et al.: the defaults of `aggregate` and the KL weight are DAPO's; sampler and trainer are

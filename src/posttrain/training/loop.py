@@ -7,7 +7,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -15,15 +15,16 @@ from typing import Any
 
 import torch
 
-from posttrain.forest import Forest, pack, split, token_logprobs
+from posttrain.forest import Forest, hidden_states, pack, share, split
 from posttrain.models.cost import training_flops_per_token
 from posttrain.models.disk import write_text
 from posttrain.models.policy import Policy
 from posttrain.recipe.schema import StageBase
 from posttrain.records import Failure, Ledger, UserError, derive
-from posttrain.training import checkpoint
+from posttrain.training import checkpoint, oracle
 from posttrain.training.batch import Batch, Method
 from posttrain.training.optim import adamw, clip, learning_rate, load_state, state_tensors
+from posttrain.training.world import ALONE, World
 
 TIMES = ("seconds", "tokens_per_second")
 """Metrics that a repeated run does not repeat."""
@@ -41,35 +42,48 @@ def train(
     seed: int,
     on_step: Callable[[dict[str, Any]], None] = lambda metrics: None,
     warn: Callable[[str], None] = lambda text: None,
+    world: World = ALONE,
 ) -> Ledger:
     """Take `stage.steps` optimiser steps, from the last checkpoint in `folder` if there is one.
 
-    Writes `metrics.jsonl` (a row a step), `samples.jsonl` and `checkpoints/`. The policy is changed in place. On
-    the CPU a run that was killed and continued has the weights of one that was not, bit for bit.
+    Every worker of `world` calls this with the same arguments; each computes its share of a step's rows, and the
+    leader writes `metrics.jsonl` (a row a step), `samples.jsonl` and `oracle.json` (what the check of the first step
+    found). The policy is changed in place. On the CPU a run that was killed and continued with as many workers has
+    the weights of one that was not, bit for bit.
 
     Raises:
         NonFinite: a loss or gradient with `nonfinite: stop`, a weight always; the last checkpoint is from before it.
+        Failure: the packed pass disagrees with the plain one, or one unit of a batch does not fit in memory.
         UserError: the folder cannot be written.
     """
+    leads = world.rank == 0
     parameters = policy.parameters()
     optimizer = adamw(parameters.items(), stage.optim)
     checkpoints = folder / "checkpoints"
-    start, ledger = _restore(checkpoints, policy, optimizer, warn)
+    start, ledger, budget = _restore(checkpoints, policy, optimizer, stage, warn)
     metrics_path, samples_path = folder / "metrics.jsonl", folder / "samples.jsonl"
-    with _writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        _keep_before(metrics_path, start)
-        _keep_before(samples_path, start)
+    if leads:
+        with _writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            _keep_before(metrics_path, start)
+            _keep_before(samples_path, start)
+    checked = not stage.check_first_step
     saved = start
     for step in range(start, stage.steps):
         began = time.perf_counter()
         batch = method.batch(step)
+        if not checked and batch.rows:
+            found = oracle.compare(policy, method, batch)
+            checked = True
+            if leads:
+                with _writing(folder):
+                    write_text(folder / "oracle.json", json.dumps({"step": step, **found}))
         lr = learning_rate(step, stage.steps, stage.optim)
         for group in optimizer.param_groups:
             group["lr"] = lr
         torch.manual_seed(derive(seed, stage.id, "dropout", step))
         with policy.adapter_dropout():  # here only: what is sampled or referred to is the policy, not a thinned one
-            found, cost = _gradient(policy, method, batch, stage)
+            found, cost, budget = _fitting(policy, method, batch, budget, world, warn)
         norm = clip(parameters.values(), stage.optim.max_grad_norm).item()
         finite = math.isfinite(found["loss"]) and math.isfinite(norm)
         if not finite and stage.nonfinite == "stop":
@@ -77,7 +91,8 @@ def train(
         if finite and batch.rows:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if not all(p.isfinite().all() for p in parameters.values()):  # then skipping helps no more
+        sound = all(p.isfinite().all() for p in parameters.values())
+        if not all(world.gather(sound)):  # then skipping helps no more
             raise _nonfinite(folder, stage, step, "weights are NaN or infinite after it", batch)
 
         seconds = time.perf_counter() - began
@@ -94,40 +109,80 @@ def train(
             "tokens_per_second": tokens / seconds,
             "seconds": seconds,
         }
-        with _writing(folder):  # closed after each step: a checkpoint is never ahead of its rows
-            _append(metrics_path, [row])
-            _append(samples_path, ({"step": step, **sample} for sample in batch.samples))
-        on_step(row)
+        if leads:
+            with _writing(folder):  # closed after each step: a checkpoint is never ahead of its rows
+                _append(metrics_path, [row])
+                _append(samples_path, ({"step": step, **sample} for sample in batch.samples))
+            on_step(row)
         done = step + 1
         if done % method.period == 0 and done - saved >= stage.checkpoint_every and done < stage.steps:
             tensors = {f"weights/{name}": p.detach() for name, p in parameters.items()}
             tensors |= {f"optimizer/{name}": t for name, t in state_tensors(optimizer).items()}
-            checkpoint.save(checkpoints, done, tensors, {"ledger": asdict(ledger)})
+            checkpoint.save(checkpoints, done, tensors, {"ledger": asdict(ledger), "tokens_per_forward": budget})
             saved = done
     return ledger
 
 
-def _gradient(policy: Policy, method: Method, batch: Batch, stage: StageBase) -> tuple[dict[str, float], Ledger]:
+def _fitting(
+    policy: Policy, method: Method, batch: Batch, budget: int, world: World, warn: Callable[[str], None]
+) -> tuple[dict[str, float], Ledger, int]:
+    """`_gradient` in passes of at most `budget` tokens, or of the half, the quarter and so on where memory ends.
+
+    The parts of a step add up to the same gradient however it is cut.
+    """
+    while True:
+        try:
+            return *_gradient(policy, method, batch, budget, world), budget
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            smallest = max(sum(len(batch.rows[i]) for i in unit) for unit in batch.units)
+            if world.size > 1 or budget < smallest:
+                raise Failure(
+                    f"out of memory in a pass of {budget} tokens ({error}). Lower tokens_per_forward or max_length, or "
+                    "set activation_checkpointing: true"
+                ) from error
+        for parameter in policy.parameters().values():
+            parameter.grad = None
+        budget //= 2
+        warn(f"out of memory: this step is computed again, and the rest, in passes of {budget} tokens; same result")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether that is what was wrong. PyTorch has a type for it on the GPU only."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _gradient(
+    policy: Policy, method: Method, batch: Batch, budget: int, world: World
+) -> tuple[dict[str, float], Ledger]:
     """Leave the step's gradient in the parameters; returns the loss and the method's metrics, and the cost."""
-    found: dict[str, float] = {"loss": 0.0}
+    found: list[dict[str, float]] = []
     cost = Ledger()
-    for units in split(batch.rows, batch.units, stage.tokens_per_forward):
+    plans = [
+        [[mine[u] for u in members] for members in split(batch.rows, [batch.units[u] for u in mine], budget)]
+        for mine in share(batch.rows, batch.units, world.size)
+    ]
+    for units in plans[world.rank]:
         rows = [i for u in units for i in batch.units[u]]
         forest = pack([batch.rows[i] for i in rows])
-        logps_T = token_logprobs(policy.model, forest, method.temperature)
-        loss, stats = method.loss(batch, rows, forest, logps_T)
+        outputs = method.forward(policy.model, forest, hidden_states)
+        loss, stats = method.loss(batch, rows, forest, outputs)
         loss.backward()
-        found["loss"] += loss.item()
-        for name, value in stats.items():
-            before = found.get(name)
-            if name.endswith("_min"):
-                found[name] = value if before is None else min(before, value)
-            elif name.endswith("_max"):
-                found[name] = value if before is None else max(before, value)
-            else:
-                found[name] = value + (before or 0.0)
+        found.append({"loss": loss.item(), **stats})
         cost += _cost(policy, forest, sum(len(batch.rows[i]) for i in rows))
-    return found, cost
+    for _ in range(max(map(len, plans)) - len(plans[world.rank])):  # the others' passes need this worker's presence
+        least = pack([min(batch.rows, key=len)])
+        (method.forward(policy.model, least, hidden_states).sum() * 0).backward()
+    everyone = world.gather((found, cost))
+    return _together([part for parts, _ in everyone for part in parts]), sum((c for _, c in everyone), Ledger())
+
+
+def _together(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Parts of a step's metrics as one: added up, but for those that end in _min and _max."""
+    names = dict.fromkeys(["loss", *(name for part in parts for name in part)])
+    how = {"_min": min, "_max": max}
+    return {name: how.get(name[-4:], sum)([part[name] for part in parts if name in part]) for name in names}
 
 
 def _cost(policy: Policy, forest: Forest, unrolled: int) -> Ledger:
@@ -143,11 +198,16 @@ def _cost(policy: Policy, forest: Forest, unrolled: int) -> Ledger:
 
 
 def _restore(
-    checkpoints: Path, policy: Policy, optimizer: torch.optim.Optimizer, warn: Callable[[str], None]
-) -> tuple[int, Ledger]:
+    checkpoints: Path,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    stage: StageBase,
+    warn: Callable[[str], None],
+) -> tuple[int, Ledger, int]:
+    """The step to go on from, what was spent until there, and the tokens of a pass."""
     found = checkpoint.load(checkpoints, warn)
     if found is None:
-        return 0, Ledger()
+        return 0, Ledger(), stage.tokens_per_forward
     step, tensors, state = found
     parameters = policy.parameters()
     weights = {name.removeprefix("weights/"): t for name, t in tensors.items() if name.startswith("weights/")}
@@ -160,7 +220,7 @@ def _restore(
         optimizer,
         {name.removeprefix("optimizer/"): t for name, t in tensors.items() if name.startswith("optimizer/")},
     )
-    return step, Ledger(**state["ledger"])
+    return step, Ledger(**state["ledger"]), state["tokens_per_forward"]
 
 
 def _forms(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:

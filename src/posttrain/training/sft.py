@@ -11,13 +11,12 @@ from posttrain.forest import Forest
 from posttrain.losses import Counts, nll, reduce_tokens
 from posttrain.recipe.schema import Sft
 from posttrain.records import derive
-from posttrain.training.batch import Batch, chosen
+from posttrain.training.batch import Batch, LogProbs, chosen
 
 
-class SftMethod:
+class SftMethod(LogProbs):
     """Mean negative log-likelihood over all target tokens of the step."""
 
-    temperature = 1.0
     period = 1
 
     def __init__(self, stage: Sft, data: Prepared, seed: int) -> None:

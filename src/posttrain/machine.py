@@ -1,0 +1,55 @@
+"""The processor as a run finds it, and the two settings that decide how fast it multiplies matrices."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from typing import Any
+
+import torch
+
+EXACT = 1e-5
+"""Largest relative error of a float32 product. Rounding to bfloat16 gives 1e-3, float32 sums 1e-6."""
+
+
+def tune() -> dict[str, Any]:
+    """Set this process up for a run; returns what was found and chosen, for the record. Twice is as good as once.
+
+    Called where a run or a model starts, never on import, for it is a setting of the whole process.
+
+    On x86 PyTorch multiplies float32 matrices with MKL, which leaves half of the speed of many processors unused.
+    Its other library, oneDNN, takes float32 products only where lower precision is allowed. Whether it then really
+    rounds depends on the processor (one with AMX does, others have no faster way than float32), so a product is
+    compared with float64 first, and the permission is withdrawn where the error is above `EXACT`.
+    """
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "float32_matmul": "oneDNN" if _onednn() else "default",
+    }
+
+
+@functools.cache
+def _onednn() -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    if worst_error() <= EXACT:
+        return True
+    matmul.fp32_precision = before
+    return False
+
+
+def worst_error() -> float:
+    """Largest error of float32 products against float64, relative to the largest entry: all layouts autograd uses."""
+    generator = torch.Generator().manual_seed(0)
+    worst = 0.0
+    for rows, inner, columns in ((256, 576, 192), (64, 256, 512), (7, 64, 33)):
+        a = torch.randn(rows, inner, generator=generator)
+        b = torch.randn(inner, columns, generator=generator)
+        exact = a.double() @ b.double()
+        for product in (a @ b, a @ b.t().contiguous().t(), a.t().contiguous().t() @ b):
+            worst = max(worst, float((product.double() - exact).abs().max() / exact.abs().max()))
+    return worst
