@@ -38,6 +38,8 @@ class Example:
     rejected: tuple[Message, ...] = ()
     label: bool | None = None
     """Unpaired feedback on `completion`: good or bad."""
+    margin: float | None = None
+    """By how much `completion` is better than `rejected`, where that was judged; in units of a reward."""
     step_labels: tuple[bool | None, ...] = ()
     """Process labels, one for each assistant turn of `completion`."""
     text: str | None = None

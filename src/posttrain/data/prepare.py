@@ -208,7 +208,7 @@ def _digest(rows: Iterable[Rendered]) -> bytes:
         ids = (row.prompt_ids, row.completion_ids, row.completion_target, row.rejected_ids, row.rejected_target)
         for part in ids:
             sha.update(len(part).to_bytes(8, "little") + np.asarray(part, "<i4").tobytes())
-        sha.update(repr((example.label, example.step_labels, example.task, example.answer)).encode())
+        sha.update(repr((example.label, example.margin, example.step_labels, example.task, example.answer)).encode())
     return sha.digest()
 
 

@@ -7,6 +7,7 @@ that one shape, so that a stray row is reported instead of being read as somethi
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -239,6 +240,19 @@ def _pair(prompt: tuple[Message, ...], chosen: tuple[Message, ...], rejected: tu
     return {"prompt": chosen[:shared], "completion": chosen[shared:], "rejected": rejected[shared:]}
 
 
+def _margin(row: Row) -> dict[str, Any]:
+    value = row.get("margin")
+    if value is None or value == "":
+        return {}
+    try:
+        margin = float("nan" if isinstance(value, bool) else value)
+    except (TypeError, ValueError):
+        margin = math.nan
+    if not math.isfinite(margin):
+        raise Malformed(f"margin must be a number, it is {value!r}")
+    return {"margin": margin}
+
+
 def _label(value: Any) -> bool:
     known = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
     key = value.strip().lower() if isinstance(value, str) else value
@@ -290,7 +304,7 @@ def _alpaca(row: Row) -> dict[str, Any]:
 
 
 def _alpaca_pair(row: Row) -> dict[str, Any]:
-    return _pair(_instruction(row), *_sides(row))
+    return _pair(_instruction(row), *_sides(row)) | _margin(row)
 
 
 def _self_instruct(row: Row) -> dict[str, Any]:
@@ -307,12 +321,12 @@ def _sharegpt(row: Row) -> dict[str, Any]:
 
 def _sharegpt_pair(row: Row) -> dict[str, Any]:
     prompt = (*_system(row), *_messages(row["conversations"], "conversations"))
-    return _pair(prompt, *_sides(row)) | _tools(row)
+    return _pair(prompt, *_sides(row)) | _margin(row) | _tools(row)
 
 
 def _preference(row: Row) -> dict[str, Any]:
     prompt = (*_system(row), *_side(row["prompt"], "prompt", "user"))
-    return _pair(prompt, *_sides(row)) | _tools(row)
+    return _pair(prompt, *_sides(row)) | _margin(row) | _tools(row)
 
 
 def _pair_of_conversations(row: Row) -> dict[str, Any]:
@@ -325,7 +339,7 @@ def _pair_of_conversations(row: Row) -> dict[str, Any]:
             chosen, rejected = chosen[n:], rejected[n:]
             if not chosen or not rejected:
                 raise Malformed("chosen or rejected holds the prompt and no answer")
-    return _pair(prompt, chosen, rejected) | _tools(row)
+    return _pair(prompt, chosen, rejected) | _margin(row) | _tools(row)
 
 
 _HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
@@ -342,7 +356,7 @@ def _dialogue(text: str, what: str) -> tuple[Message, ...]:
 
 
 def _hh(row: Row) -> dict[str, Any]:
-    return _pair((), _dialogue(row["chosen"], "chosen"), _dialogue(row["rejected"], "rejected"))
+    return _pair((), _dialogue(row["chosen"], "chosen"), _dialogue(row["rejected"], "rejected")) | _margin(row)
 
 
 def _is_hh(row: Row) -> bool:

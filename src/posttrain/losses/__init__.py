@@ -13,7 +13,7 @@ from torch import Tensor
 
 from posttrain.losses.kl import kl
 from posttrain.losses.policy import clipped_share, importance, policy_gradient, ratio
-from posttrain.losses.preference import dpo
+from posttrain.losses.preference import bradley_terry, dpo
 from posttrain.losses.reduce import Counts, reduce, reduce_pairs, reduce_tokens, segment_sum
 from posttrain.losses.sft import nll
 
@@ -21,6 +21,7 @@ __all__ = [
     "TABLE",
     "Counts",
     "Entry",
+    "bradley_terry",
     "clipped_share",
     "dpo",
     "importance",
@@ -45,6 +46,9 @@ TABLE: dict[str, Entry] = {
     "nll": Entry(nll, "Negative log-likelihood of each target token", "maximum likelihood"),
     "dpo": Entry(
         dpo, "Preference pairs against a frozen reference; cDPO with label smoothing", "Rafailov et al., 2305.18290"
+    ),
+    "bradley_terry": Entry(
+        bradley_terry, "Reward model on preference pairs, with margin and centring", "Ouyang et al., 2203.02155"
     ),
     "policy_gradient": Entry(
         policy_gradient,

@@ -24,3 +24,15 @@ def dpo(
     chosen_P, rejected_P = chosen_P - ref_chosen_P.detach(), rejected_P - ref_rejected_P.detach()
     margin_P = beta * (chosen_P - rejected_P)
     return -(1 - label_smoothing) * F.logsigmoid(margin_P) - label_smoothing * F.logsigmoid(-margin_P)
+
+
+def bradley_terry(
+    chosen_P: Tensor, rejected_P: Tensor, *, margin_P: Tensor | float = 0.0, centring: float = 0.0
+) -> Tensor:
+    """`loss_P` of a reward model (Bradley & Terry 1952; Ouyang et al., 2203.02155): -log s(chosen - rejected).
+
+    Both are rewards, one number for each completion. With `margin_P` the chosen one must win by that much (Llama 2,
+    2307.09288). The loss says nothing of where the rewards lie; `centring` c adds c (chosen + rejected)^2, which
+    draws them to a mean of 0 (Eisenstein et al., 2312.09244, with c = 0.01).
+    """
+    return -F.logsigmoid(chosen_P - rejected_P - margin_P) + centring * (chosen_P + rejected_P).square()

@@ -56,7 +56,7 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Policy:
-    """A causal language model and its tokenizer.
+    """A causal language model and its tokenizer, or the reward model that models/reward.py makes of one.
 
     The model stays in eval mode, in training too: a policy whose dropout fires has no log-probabilities that
     a sampler, a reference or a second pass could agree with. Only `adapter_dropout` switches anything on.
@@ -239,6 +239,7 @@ def load(
             of turn in this vocabulary.
     """
     folder = resolve(source, revision)
+    _refuse_reward_model(folder)
     if not (folder / "adapter_config.json").is_file():
         model = _base_model(folder, source, dtype, attn_implementation)
         tokenizer = _tokenizer(folder, chat_template)
@@ -283,6 +284,7 @@ def outline(
         UserError: as `load` does, but for what only the weights themselves show.
     """
     folder = base = resolve(source, revision)
+    _refuse_reward_model(folder)
     if (folder / "adapter_config.json").is_file():
         base = resolve(*_base_of(folder, _record(folder)))
     with _explained(base), quiet(), torch.device("meta"):
@@ -396,6 +398,15 @@ def _base_model(folder: Path, source: str, dtype: str, attn_implementation: str 
     if is_hub_id(source):
         model.name_or_path = source  # what a saved adapter names as its base
     return model
+
+
+def _refuse_reward_model(folder: Path) -> None:
+    """Transformers would give one with tied embeddings an output layer, and it would write nonsense."""
+    adapter = folder / "adapter_config.json"
+    config = json_file(adapter if adapter.is_file() else folder / "config.json")
+    kinds = config.get("architectures") or []
+    if config.get("task_type") == "SEQ_CLS" or any("SequenceClassification" in str(kind) for kind in kinds):
+        raise UserError(f"{folder}: is a reward model, which scores text and writes none; name a language model")
 
 
 def _refuse_nonfinite(folder: Path, model: nn.Module) -> None:

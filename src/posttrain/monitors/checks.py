@@ -47,6 +47,12 @@ def watch_stage(stage: str, kind: str, metrics: Sequence[Row]) -> list[Row]:
     return found
 
 
+def watch_held_out(stage: str, measured: Mapping[str, Any]) -> Row:
+    """What a reward model's held-out pairs show."""
+    text = "Share of held-out pairs whose better answer has the higher reward; an interval that holds 0.5 is a coin's"
+    return _row("held-out pairs", stage, measured["accuracy"], 0.5, measured["interval"][0] > 0.5, text)
+
+
 def watch_evals(evals: Mapping[str, Any]) -> list[Row]:
     """What `evals.json` shows of forgetting and of answers that could not be read."""
     found = []

@@ -12,7 +12,8 @@ from posttrain.forest.logprobs import CHUNK
 from posttrain.models.cost import forward_flops_per_token, training_flops_per_token
 from posttrain.models.policy import Policy, outline
 from posttrain.pipeline.stages import stage_data
-from posttrain.recipe.schema import Dpo, Grpo, Recipe, Sft
+from posttrain.recipe.schema import Dpo, Grpo, Recipe, RewardModel, Stage
+from posttrain.training.reward import hold_out
 
 MARKS = ("⟦", "⟧")
 """What stands around trained tokens in the example."""
@@ -86,20 +87,19 @@ def plan(recipe: Recipe) -> Plan:
         retention.prompts(recipe.evals.retention)
     held_out = frozenset(prompt_key(e) for suite in recipe.evals.suites for e in suites.items(suite))
     trainable = sum(p.numel() for p in policy.parameters().values())
-    stages = [
-        _stage(stage, stage_data(stage, policy.tokenizer, policy.context, held_out), policy, trainable)
-        for stage in recipe.stages
-    ]
+    stages = [_stage(stage, stage_data(stage, policy, held_out), policy, trainable) for stage in recipe.stages]
     return Plan(recipe.name, model.source, policy.parameters_total, trainable, tuple(stages))
 
 
-def _stage(stage: Sft | Dpo | Grpo, data: Prepared, policy: Policy, trainable: int) -> StagePlan:
+def _stage(stage: Stage, data: Prepared, policy: Policy, trainable: int) -> StagePlan:
     config = policy.model.config
+    if isinstance(stage, RewardModel):
+        data, _ = hold_out(stage, data)
     rows = [r for part in data.rows for r in part]
     prompt = sum(len(r.prompt_ids) for r in rows) / len(rows)
     answers = sum(len(r.completion_ids) + len(r.rejected_ids) for r in rows) / len(rows)
     generated, trees, branches = 0, stage.steps * stage.batch_size, 1
-    if isinstance(stage, Dpo):
+    if isinstance(stage, Dpo | RewardModel):
         branches = 2
     if isinstance(stage, Dpo) and stage.on_policy:
         answers = 2 * stage.on_policy.max_new_tokens
@@ -111,7 +111,8 @@ def _stage(stage: Sft | Dpo | Grpo, data: Prepared, policy: Policy, trainable: i
     each = prompt + answers  # a prompt and all that hangs on it
     context = prompt + answers / branches
     trained = trees * each
-    flops = trained * training_flops_per_token(config, policy.adapter is not None, int(context), answers / each)
+    targets = branches if isinstance(stage, RewardModel) else answers
+    flops = trained * training_flops_per_token(config, policy.adapter is not None, int(context), targets / each)
     flops += generated * forward_flops_per_token(config, int(context))
     width = policy.model.dtype.itemsize
     at_once = min(stage.tokens_per_forward, int(trained / stage.steps))

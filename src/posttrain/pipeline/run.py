@@ -19,14 +19,14 @@ from posttrain.forest.attention import unsupported
 from posttrain.forest.logprobs import check_head
 from posttrain.models.disk import write_text
 from posttrain.models.policy import Policy, load
-from posttrain.monitors.checks import watch_evals, watch_stage
+from posttrain.monitors.checks import watch_evals, watch_held_out, watch_stage
 from posttrain.pipeline.folder import alone, environment, read_json, read_rows, write_json, write_rows
 from posttrain.pipeline.gates import decide
 from posttrain.pipeline.progress import Progress
 from posttrain.pipeline.stages import Say, run_stage, stage_data
 from posttrain.recipe.load import load as load_recipe
 from posttrain.recipe.load import resolved
-from posttrain.recipe.schema import Recipe
+from posttrain.recipe.schema import Recipe, RewardModel, StageBase
 from posttrain.records import derive
 from posttrain.report.render import render
 from posttrain.rewards.verifier import score
@@ -93,16 +93,21 @@ def _do(recipe: Recipe, folder: Path, say: Say) -> None:
     exam = {suite.id: suites.items(suite) for suite in recipe.evals.suites}
     held_out = frozenset(prompt_key(example) for examples in exam.values() for example in examples)
     # All of it before anything slow: a mistake in the last stage's data is told now.
-    data = {stage.id: stage_data(stage, policy.tokenizer, policy.context, held_out) for stage in recipe.stages}
+    data = {stage.id: stage_data(stage, policy, held_out) for stage in recipe.stages}
     measure = _Measure(recipe, folder, exam, policy.snapshot(), say)
     measure(BASE, policy)
     before = BASE
     for stage in recipe.stages:
         policy = load_stage(stage.from_ or before)
         run_stage(stage, policy, data.pop(stage.id), folder / "stages" / stage.id, recipe.seed, say)
-        policy = load_stage(stage.id)
-        measure(stage.id, policy)
+        if _writes(stage):
+            measure(stage.id, load_stage(stage.id))
         before = stage.id
+
+
+def _writes(stage: StageBase) -> bool:
+    """Whether its model writes text; a reward model is measured by its stage, on pairs."""
+    return not isinstance(stage, RewardModel)
 
 
 class _Measure:
@@ -147,13 +152,13 @@ class _Measure:
 
 def _collect(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """`evals.json` from the measurements of every stage."""
-    names = [BASE, *(stage.id for stage in recipe.stages)]
+    names = [BASE, *(stage.id for stage in recipe.stages if _writes(stage))]
     found = {name: read_json(folder / "evals" / f"{name}.json") for name in names}
     comparisons: list[dict[str, Any]] = []
     if recipe.evals.suites:
         rows = {name: read_rows(folder / "evals" / f"{name}.jsonl") for name in names}
         before = BASE
-        for stage in recipe.stages:
+        for stage in filter(_writes, recipe.stages):
             comparisons += suites.compare(rows, recipe.evals, stage.id, [BASE, stage.from_ or before])
             before = stage.id
     return {
@@ -167,5 +172,8 @@ def _collect(recipe: Recipe, folder: Path) -> dict[str, Any]:
 def _watch(recipe: Recipe, folder: Path, evals: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for stage in recipe.stages:
-        rows += watch_stage(stage.id, stage.kind, read_rows(folder / "stages" / stage.id / "metrics.jsonl"))
+        place = folder / "stages" / stage.id
+        rows += watch_stage(stage.id, stage.kind, read_rows(place / "metrics.jsonl"))
+        if measured := read_json(place / "stage.json")["facts"].get("held_out"):
+            rows.append(watch_held_out(stage.id, measured))
     return rows + watch_evals(evals)

@@ -10,18 +10,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from posttrain.data.chat import Renderer
+from posttrain.data.chat import Rendered, Renderer
 from posttrain.data.prepare import Prepared, prepare
+from posttrain.evals.stats import wilson
 from posttrain.models.policy import Policy
+from posttrain.models.reward import fitting, reward_model
 from posttrain.pipeline.folder import digest, read_json, write_json
-from posttrain.recipe.schema import Dpo, Grpo, Sft, StageBase
-from posttrain.records import Example, Ledger, UserError
+from posttrain.recipe.schema import Dpo, Grpo, RewardModel, Sft, Stage, StageBase
+from posttrain.records import Example, Ledger, UserError, derive
 from posttrain.rewards.verifier import prove, score
 from posttrain.sampling.local import LocalSampler
 from posttrain.training.batch import Method
 from posttrain.training.dpo import DpoMethod, pairs_from_data, pairs_on_policy, read_pairs, write_pairs
 from posttrain.training.grpo import GrpoMethod
 from posttrain.training.loop import peak_memory, train
+from posttrain.training.reward import RewardMethod, ends, hold_out, preferred
 from posttrain.training.sft import SftMethod
 
 PROOF = 16
@@ -36,20 +39,24 @@ class Say:
     step: Callable[[StageBase, dict[str, Any]], None]
 
 
-def stage_data(stage: StageBase, tokenizer: Any, context: int, held_out: frozenset[str]) -> Prepared:
-    """The stage's rows, rendered.
+def stage_data(stage: StageBase, policy: Policy, held_out: frozenset[str]) -> Prepared:
+    """The stage's rows, rendered for `policy` and the models made from it.
 
     Raises:
-        UserError: the data cannot be used, or the verifier of a task in it fails its proof.
+        UserError: the data cannot be used, the verifier of a task in it fails its proof, or no reward model can be
+            made of such a policy.
     """
-    renderer = Renderer(tokenizer, system=stage.data.system)
-    data = prepare(stage.data, renderer, need=need(stage), held_out=held_out, context=context)
+    renderer = Renderer(policy.tokenizer, system=stage.data.system)
+    data = prepare(stage.data, renderer, need=need(stage), held_out=held_out, context=policy.context)
     if need(stage) == "prompt":
         _prove(stage, data)
+    if isinstance(stage, RewardModel):
+        hold_out(stage, data)
+        fitting(policy, ends(data))
     return data
 
 
-def run_stage(stage: Sft | Dpo | Grpo, start: Policy, data: Prepared, folder: Path, seed: int, say: Say) -> None:
+def run_stage(stage: Stage, start: Policy, data: Prepared, folder: Path, seed: int, say: Say) -> None:
     """Train `start` into `folder/artifact` and write `folder/stage.json`; do nothing where that is finished.
 
     Raises:
@@ -74,9 +81,15 @@ def run_stage(stage: Sft | Dpo | Grpo, start: Policy, data: Prepared, folder: Pa
     for note in (*data.report["notes"], *_told(data)):
         say.line(f"{stage.id}: {note}")
 
+    held: list[Rendered] = []
+    if isinstance(stage, RewardModel):
+        start = reward_model(start, ends(data), derive(seed, stage.id, "head"))
+        data, held = hold_out(stage, data)
     method, before, facts = _method(stage, start, data, folder, seed)
     ledger = before + train(start, method, stage, folder, seed, on_step=lambda row: say.step(stage, row), warn=say.line)
     artifact = start.save(folder / "artifact")
+    if held:
+        facts |= {"held_out": _held_out(start, held, stage)}
     finished = time.time()
     record |= {
         "artifact": {"kind": artifact.kind, "path": "artifact", "digest": artifact.digest},
@@ -94,15 +107,25 @@ def run_stage(stage: Sft | Dpo | Grpo, start: Policy, data: Prepared, folder: Pa
 def need(stage: StageBase) -> Literal["completion", "pair", "prompt"]:
     if isinstance(stage, Sft):
         return "completion"
-    return "pair" if isinstance(stage, Dpo) and stage.on_policy is None else "prompt"
+    if isinstance(stage, Dpo):
+        return "pair" if stage.on_policy is None else "prompt"
+    return "pair" if isinstance(stage, RewardModel) else "prompt"
+
+
+def _held_out(policy: Policy, held: list[Rendered], stage: StageBase) -> dict[str, Any]:
+    """How often a reward model prefers the better answer of pairs it was not trained on."""
+    right = preferred(policy.model, held, stage.tokens_per_forward)
+    return {"n": len(held), "accuracy": sum(right) / len(held), "interval": list(wilson(sum(right), len(held)))}
 
 
 def _method(
-    stage: Sft | Dpo | Grpo, start: Policy, data: Prepared, folder: Path, seed: int
+    stage: Stage, start: Policy, data: Prepared, folder: Path, seed: int
 ) -> tuple[Method, Ledger, dict[str, Any]]:
     """The stage's method, what preparing it cost, and what is worth recording of that."""
     if isinstance(stage, Sft):
         return SftMethod(stage, data, seed), Ledger(), {}
+    if isinstance(stage, RewardModel):
+        return RewardMethod(stage, data, seed), Ledger(), {"pairs": sum(map(len, data.rows))}
     sampler = LocalSampler(start, Renderer(start.tokenizer, system=stage.data.system))
     if isinstance(stage, Grpo):
         return GrpoMethod(stage, data, start, sampler, score, seed), Ledger(), {}
