@@ -27,6 +27,7 @@ LONGEST_ANSWER = 800  # characters; what is cut is said
 KINDS = {
     "sft": "supervised fine-tuning",
     "dpo": "direct preference optimisation",
+    "reward_model": "reward model",
     "grpo": "reinforcement learning from a verifier",
 }
 
@@ -34,8 +35,10 @@ SERIES = {
     "loss": "training loss of the step",
     "reward": "mean reward of the step's completions",
     "signal": "share of groups whose completions differ in reward",
-    "margin": "implicit reward of chosen above rejected",
+    "margin": "reward of chosen above rejected, implicit in DPO",
     "accuracy": "share of pairs in which chosen is preferred",
+    "chosen_reward": "mean reward of the chosen answers",
+    "rejected_reward": "mean reward of the rejected answers",
     "chosen_logp": "log-probability of the chosen answer, nats",
     "rejected_logp": "log-probability of the rejected answer, nats",
     "length": "mean completion length, tokens",
@@ -57,6 +60,7 @@ SERIES = {
 """What the step metrics mean, in the order of their charts; keys not listed are charted after them."""
 TOGETHER: dict[tuple[str, ...], str] = {
     ("chosen_logp", "rejected_logp"): "log-probability of the answers, nats",
+    ("chosen_reward", "rejected_reward"): "mean reward of the answers",
     ("ratio_min", "ratio_max"): "lowest and highest importance ratio of the step",
     ("mismatch_min", "mismatch_max"): "lowest and highest ratio of the trainer's to the sampler's probability",
 }
