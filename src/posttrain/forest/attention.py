@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from posttrain.forest.blocks import QUERIES, Block, attend
 from posttrain.forest.tree import Forest
 
 NAME = "posttrain_forest"
@@ -72,51 +73,48 @@ AttentionMaskInterface.register(NAME, lambda *_, **__: None)
 
 
 class Tree:
-    """Each segment attends to its ancestors and, causally, to itself: one kernel call for each segment."""
+    """Each segment attends to its ancestors and, causally, to itself, in blocks of queries."""
 
     def __init__(self, forest: Forest) -> None:
         self.forest = forest
-        self.paths = [forest.path(i) for i in range(len(forest.segments))]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         scale, window, softcap, sinks = scoring
-        repeat = query.shape[1] // key.shape[1]
-        if repeat > 1:
-            key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
-        segments = self.forest.segments
-        # Split once: the gradient of a slice is a tensor of the whole row's size, one for every slice.
-        sizes = [s.stop - s.start for s in segments]
-        queries, keys, values = query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2)
-        outs = []
-        for i, s in enumerate(segments):
-            q = queries[i]
-            k, v = (torch.cat([parts[p] for p in self.paths[i]], 2) for parts in (keys, values))
-            plain = softcap is None and sinks is None
-            if plain and s.parent < 0 and not _windowed(s, window):
-                outs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale))
-                continue
-            mask = self._mask(i, window, query.dtype)
-            if plain:
-                outs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale))
-            else:
-                scores = q @ k.transpose(-1, -2) * scale
-                if softcap is not None:
-                    scores = softcap * torch.tanh(scores / softcap)
-                outs.append(soften(scores + mask, sinks) @ v)
-        return torch.cat(outs, 2)
+        blocks = self._blocks(window)
+        if softcap is None and sinks is None:
+            return attend(query, key, value, blocks, scale)
+        heads, outs = key.shape[1], []
+        for block in blocks:
+            q = query[0, :, block.start : block.stop].unflatten(0, (heads, -1))
+            k, v = (torch.cat([x[0, :, None, a:b] for a, b in block.keys], 2) for x in (key, value))
+            scores = q @ k.transpose(-1, -2) * scale
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            scores = scores + F.pad(block.mask, (k.shape[2] - block.mask.shape[1], 0)).to(scores.dtype)
+            weights = soften(scores.flatten(0, 1)[None], sinks)[0].unflatten(0, (heads, -1))
+            outs.append((weights @ v).flatten(0, 1))
+        return torch.cat(outs, 1)[None]
 
-    def _mask(self, i: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        """[tokens of segment i, tokens of its path]: 0 where it may look, -inf where not."""
-        s = self.forest.segments[i]
-        window = window if _windowed(s, window) else None
-        made = self.forest.masks.get((i, window, dtype))
+    def _blocks(self, window: int | None) -> list[Block]:
+        """Made on first use and kept with the forest, for all layers and every later pass."""
+        made: list[Block] | None = self.forest.masks.get(("blocks", window))
         if made is None:
-            stop = s.position + s.stop - s.start
-            back = torch.arange(s.position, stop)[:, None] - torch.arange(stop)
-            hidden = back < 0 if window is None else (back < 0) | (back >= window)
-            made = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
-            self.forest.masks[i, window, dtype] = made
+            made = [block for i in range(len(self.forest.segments)) for block in self._of_segment(i, window)]
+            self.forest.masks["blocks", window] = made
         return made
+
+    def _of_segment(self, i: int, window: int | None) -> Iterator[Block]:
+        *above, own = (self.forest.segments[s] for s in self.forest.path(i))
+        for start in range(own.start, own.stop, QUERIES):
+            stop = min(start + QUERIES, own.stop)
+            keys = (*((s.start, s.stop) for s in above), (own.start, stop))
+            position = own.position + start - own.start
+            whole = window is None or position + stop - start <= window
+            seen = stop - start if whole else position + stop - start  # keys from the last one back that need a mask
+            back = torch.arange(stop - start)[:, None] - torch.arange(stop - start - seen, stop - start)
+            hidden = back < 0 if whole else (back < 0) | (back >= window)
+            mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf")).to(self.forest.ids_T.device)
+            yield Block(start, stop, keys, mask)
 
 
 def soften(scores: Tensor, sinks: Tensor | None) -> Tensor:
@@ -125,10 +123,6 @@ def soften(scores: Tensor, sinks: Tensor | None) -> Tensor:
         return scores.softmax(-1)
     sink = sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:-1], 1)
     return torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
-
-
-def _windowed(s: Any, window: int | None) -> bool:
-    return window is not None and s.position + s.stop - s.start > window
 
 
 def decoder(model: torch.nn.Module) -> PreTrainedModel:

@@ -1,6 +1,6 @@
 """The same attention over a forest in one fused kernel: PyTorch's FlexAttention (Dong et al., 2412.05496).
 
-`Tree` makes one kernel call a segment, which suits a CPU; a GPU wants one call a layer. FlexAttention takes the
+`Tree` makes a few products a segment, which suits a CPU; a GPU wants one call a layer. FlexAttention takes the
 pattern as a function of two token indices, and a block mask that says which 128 x 128 blocks of it are empty and
 need no work, or full and need no test. Which token sees which is answered in constant time from the segments'
 numbers in a depth-first walk.
@@ -65,11 +65,8 @@ def sees(forest: Forest, window: int | None = None) -> Any:
     A segment's subtree holds the walk's numbers [enter, leave), so that k's segment is q's own or an ancestor if
     and only if q's number lies in k's interval.
     """
-    device = forest.ids_T.device
-    size_S = [s.stop - s.start for s in forest.segments]
-    enter_S, leave_S = (torch.tensor(numbers, device=device) for numbers in walk(forest))
-    segment_T = torch.arange(len(size_S), device=device).repeat_interleave(torch.tensor(size_S, device=device))
-    enter_T, leave_T, position_T = enter_S[segment_T], leave_S[segment_T], forest.position_T
+    segment_T, position_T = forest.segment_T, forest.position_T
+    enter_T, leave_T = (torch.tensor(numbers, device=segment_T.device)[segment_T] for numbers in walk(forest))
 
     def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         related = (enter_T[k] <= enter_T[q]) & (enter_T[q] < leave_T[k])

@@ -71,7 +71,7 @@ def unrolled_hidden_states(model: torch.nn.Module, forest: Forest) -> Tensor:
     states, slots = [], []
     for leaf in set(range(len(forest.segments))) - inner:
         path = [forest.segments[i] for i in forest.path(leaf)]
-        at_L = torch.cat([torch.arange(s.start, s.stop) for s in path])
+        at_L = torch.cat([torch.arange(s.start, s.stop, device=forest.ids_T.device) for s in path])
         states.append(
             decoder(model).get_decoder()(input_ids=forest.ids_T[at_L][None], use_cache=False).last_hidden_state[0]
         )
@@ -99,7 +99,7 @@ def head(model: torch.nn.Module, hidden_ND: Tensor) -> Tensor:
 def check_head(model: torch.nn.Module) -> None:
     """Refuse an architecture whose logits are made in a way that `head` does not know."""
     base = decoder(model)
-    ids = torch.tensor([[0, 1]])
+    ids = torch.tensor([[0, 1]], device=base.device)
     with torch.no_grad():
         theirs = base(input_ids=ids, use_cache=False).logits[0]
         ours = head(model, base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0])
@@ -125,4 +125,4 @@ def _gather(model: torch.nn.Module, hidden_ND: Tensor, forest: Forest, temperatu
             for hidden, ids in zip(hidden_ND.split(CHUNK), forest.ids_T[at_N].split(CHUNK), strict=True)
         ]
     )
-    return torch.zeros(len(forest), dtype=logps_N.dtype).index_copy(0, at_N, logps_N)
+    return logps_N.new_zeros(len(forest)).index_copy(0, at_N, logps_N)

@@ -8,7 +8,7 @@ pair. Tokens that carry loss are never merged, so every row keeps its own.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -65,17 +65,30 @@ class Forest:
     def __len__(self) -> int:
         return len(self.ids_T)
 
+    def to(self, device: torch.device) -> Forest:
+        if self.ids_T.device == device:
+            return self
+        moved = {name: getattr(self, name).to(device) for name in ("ids_T", "target_T", "sequence_T")}
+        return replace(self, **moved, masks={})
+
+    @property
+    def segment_T(self) -> Tensor:
+        """Index of the segment that a token stands in."""
+        size_S = self._each(s.stop - s.start for s in self.segments)
+        return self._each(range(len(size_S))).repeat_interleave(size_S, output_size=len(self))
+
     @property
     def position_T(self) -> Tensor:
-        return torch.cat([torch.arange(s.position, s.position + s.stop - s.start) for s in self.segments])
+        shift_S = self._each(s.position - s.start for s in self.segments)
+        return torch.arange(len(self), device=self.ids_T.device) + shift_S[self.segment_T]
 
     @property
     def previous_T(self) -> Tensor:
         """Index of the token before each one on its path; -1 at the start of a root."""
-        previous = torch.arange(-1, len(self) - 1)
-        for s in self.segments:
-            previous[s.start] = self.segments[s.parent].stop - 1 if s.parent >= 0 else -1
-        return previous
+        previous_T = torch.arange(-1, len(self) - 1, device=self.ids_T.device)
+        before = (self.segments[s.parent].stop - 1 if s.parent >= 0 else -1 for s in self.segments)
+        previous_T[self._each(s.start for s in self.segments)] = self._each(before)
+        return previous_T
 
     @property
     def predicting_N(self) -> Tensor:
@@ -91,10 +104,13 @@ class Forest:
 
     def spread(self, values_R: Sequence[Sequence[float]] | Sequence[float]) -> Tensor:
         """[T] float32 with each row's value, or its values token by token, at its completion; 0 elsewhere."""
-        spread_T = torch.zeros(len(self))
+        spread_T = torch.zeros(len(self), device="cpu")
         for (start, stop), value in zip(self.spans, values_R, strict=True):
-            spread_T[start:stop] = torch.as_tensor(value, dtype=torch.float32)
-        return spread_T
+            spread_T[start:stop] = torch.tensor(value, dtype=torch.float32, device="cpu")
+        return spread_T.to(self.ids_T.device)
+
+    def _each(self, numbers: Iterable[int]) -> Tensor:
+        return torch.tensor(list(numbers), device=self.ids_T.device)
 
 
 def grow(nodes: Iterable[tuple[Sequence[int], Sequence[bool], int]], leaves: Sequence[int]) -> Forest:
@@ -116,10 +132,11 @@ def grow(nodes: Iterable[tuple[Sequence[int], Sequence[bool], int]], leaves: Seq
         if parent < 0 and marks[0]:
             raise ValueError("the first token of a root cannot be a target: nothing predicts it")
     spans = tuple((segments[leaf].start, segments[leaf].stop) for leaf in leaves)
-    sequence_T = torch.full((len(ids),), -1)
+    sequence_T = torch.full((len(ids),), -1, device="cpu")
     for row, (start, stop) in enumerate(spans):
         sequence_T[start:stop] = row
-    ids_T, target_T = torch.tensor(ids, dtype=torch.long), torch.tensor(target, dtype=torch.bool)
+    ids_T = torch.tensor(ids, dtype=torch.long, device="cpu")
+    target_T = torch.tensor(target, dtype=torch.bool, device="cpu")
     return Forest(ids_T, target_T, tuple(segments), sequence_T, spans)
 
 
