@@ -109,10 +109,11 @@ class Tree:
             stop = min(start + QUERIES, own.stop)
             keys = (*((s.start, s.stop) for s in above), (own.start, stop))
             position = own.position + start - own.start
-            whole = window is None or position + stop - start <= window
-            seen = stop - start if whole else position + stop - start  # keys from the last one back that need a mask
+            # Where a window hides nothing, only the block's own keys need a mask.
+            narrow = window if window is not None and position + stop - start > window else None
+            seen = stop - start if narrow is None else position + stop - start
             back = torch.arange(stop - start)[:, None] - torch.arange(stop - start - seen, stop - start)
-            hidden = back < 0 if whole else (back < 0) | (back >= window)
+            hidden = back < 0 if narrow is None else (back < 0) | (back >= narrow)
             mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf")).to(self.forest.ids_T.device)
             yield Block(start, stop, keys, mask)
 
