@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import platform
 from typing import Any
 
 import torch
@@ -15,18 +14,14 @@ EXACT = 1e-5
 def tune() -> dict[str, Any]:
     """Set this process up for a run; returns what was found and chosen, for the record. Twice is as good as once.
 
-    Called where a run or a model starts, never on import, for it is a setting of the whole process.
+    Called where a model is loaded, never on import, for it is a setting of the whole process.
 
     On x86 PyTorch multiplies float32 matrices with MKL, which leaves half of the speed of many processors unused.
     Its other library, oneDNN, takes float32 products only where lower precision is allowed. Whether it then really
     rounds depends on the processor (one with AMX does, others have no faster way than float32), so a product is
     compared with float64 first, and the permission is withdrawn where the error is above `EXACT`.
     """
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "float32_matmul": "oneDNN" if _onednn() else "default",
-    }
+    return {"threads": torch.get_num_threads(), "float32_matmul": "oneDNN" if _onednn() else "default"}
 
 
 @functools.cache

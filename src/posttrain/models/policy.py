@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from posttrain.machine import tune
 from posttrain.models.disk import staged
 from posttrain.models.quiet import quiet
 from posttrain.models.source import is_hub_id, json_file, resolve
@@ -223,7 +224,7 @@ def load(
     seed: int = 0,
     attn_implementation: str | None = None,
 ) -> Policy:
-    """The policy that `source` names.
+    """The policy that `source` names, in a process that `machine.tune` has set up.
 
     Args:
         source: what `resolve` takes, or a folder that `Policy.save` (or PEFT) wrote. A saved adapter is loaded
@@ -238,6 +239,7 @@ def load(
         UserError: the source cannot be had or used; the base of an adapter changed; the template has no end
             of turn in this vocabulary.
     """
+    tune()
     folder = resolve(source, revision)
     _refuse_reward_model(folder)
     if not (folder / "adapter_config.json").is_file():

@@ -14,8 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from posttrain.machine import tune
 from posttrain.models.disk import write_text
 from posttrain.records import UserError
 
@@ -88,7 +87,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu(),
-        "threads": torch.get_num_threads(),
+        **tune(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)},
         "posttrain": importlib.metadata.version("posttrain"),
