@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from test_forest import random_forest
 from tiny import tiny_model
 
-from posttrain.forest import grow, hidden_states
+from posttrain.forest import grow, hidden_states, unrolled_hidden_states
 from posttrain.forest.attention import Scoring, Tree
 from posttrain.forest.flex import Flex, sees, walk
 
@@ -137,3 +137,14 @@ def test_the_compiled_cpu_kernel_agrees():
             out = flex(q, k, v, block_mask=Flex(forest).block_mask(None), scale=0.25)
         want = Tree(forest).attend(0, q, k, v, Scoring(0.25))
         torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_pass_runs_where_the_model_is(monkeypatch):
+    """No second device is here, so the model goes to `meta`, where a tensor left behind on the CPU is an error."""
+    # Transformers reads a value off the positions here, which `meta` does not have.
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
+    model = tiny_model(vocab=97).to("meta")
+    forest = random_forest(random.Random(1))
+    for way in (hidden_states, unrolled_hidden_states):
+        assert way(model, forest).device.type == "meta"
+    assert forest.ids_T.device.type == "cpu"

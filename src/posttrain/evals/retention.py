@@ -64,7 +64,7 @@ def drift(policy: Policy, base: Mapping[str, Tensor], said: Sequence[Row], now: 
             base_ND = hidden_states(policy.model, forest)[forest.predicting_N]
             base_NV = head(policy.model, base_ND).float().log_softmax(-1)
         logps_NV = head(policy.model, hidden_states(policy.model, forest)[forest.predicting_N]).float().log_softmax(-1)
-        kl_N = (base_NV.exp() * (base_NV - logps_NV)).sum(-1)
+        kl_N = (base_NV.exp() * (base_NV - logps_NV)).sum(-1).to(forest.ids_T.device)
         kl_T = torch.zeros(len(forest)).masked_scatter(forest.target_T, kl_N)
         for i, (start, stop) in zip(units, forest.spans, strict=True):
             kl_R[i] = kl_T[start:stop].mean().item()

@@ -27,6 +27,9 @@ def token_logprobs(
 ) -> Tensor:
     """[T] float32 (float64 for a float64 model): log pi(token | its path before it) in nats at the target tokens,
     0 elsewhere. Logits are divided by `temperature` first.
+
+    The model may be on another device than the forest; the numbers come back to the forest's, so that all that is
+    made of them, a few numbers a token, need not know of devices.
     """
     hidden_TD = (states or hidden_states)(model, forest)
     return _gather(model, hidden_TD[forest.predicting_N], forest, temperature)
@@ -38,7 +41,7 @@ def unrolled_logprobs(model: torch.nn.Module, forest: Forest, temperature: float
 
 
 def hidden_states(model: torch.nn.Module, forest: Forest, layout: Callable[[Forest], Layout] | None = None) -> Tensor:
-    """[T, D]: the decoder's last hidden state at every token.
+    """[T, D]: the decoder's last hidden state at every token, on the model's device.
 
     `layout` is `Flex` on CUDA and `Tree` elsewhere, where none is given. A model that cannot attend over a forest is
     computed one sequence at a time instead, and a warning says so.
@@ -47,6 +50,7 @@ def hidden_states(model: torch.nn.Module, forest: Forest, layout: Callable[[Fore
     if why is not None:
         warnings.warn(f"one sequence at a time, without sharing: {why}", stacklevel=3)
         return unrolled_hidden_states(model, forest)
+    forest = forest.to(decoder(model).device)
     layout = layout or (Flex if forest.ids_T.is_cuda else Tree)
     with attending(model, NAME):
         return (
@@ -67,6 +71,7 @@ def unrolled_hidden_states(model: torch.nn.Module, forest: Forest) -> Tensor:
     A shared token's state is the mean over the leaves that share it: in value the same as any one's, and its gradient
     reaches all of them.
     """
+    forest = forest.to(decoder(model).device)
     inner = {s.parent for s in forest.segments}
     states, slots = [], []
     for leaf in set(range(len(forest.segments))) - inner:
@@ -119,10 +124,12 @@ def _gather(model: torch.nn.Module, hidden_ND: Tensor, forest: Forest, temperatu
         return logits_CV.gather(1, ids_C[:, None]).squeeze(1) - logits_CV.logsumexp(1)
 
     at_N = forest.target_T.nonzero().squeeze(1)
+    ids_N = forest.ids_T[at_N].to(hidden_ND.device)
     logps_N = torch.cat(
         [
             checkpoint(chunk, hidden, ids, use_reentrant=False) if torch.is_grad_enabled() else chunk(hidden, ids)
-            for hidden, ids in zip(hidden_ND.split(CHUNK), forest.ids_T[at_N].split(CHUNK), strict=True)
+            for hidden, ids in zip(hidden_ND.split(CHUNK), ids_N.split(CHUNK), strict=True)
         ]
     )
+    logps_N = logps_N.to(at_N.device)
     return logps_N.new_zeros(len(forest)).index_copy(0, at_N, logps_N)

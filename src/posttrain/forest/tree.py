@@ -60,16 +60,19 @@ class Forest:
     spans: tuple[tuple[int, int], ...]
     """[start, stop) of each row's completion in the packed row."""
     masks: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
-    """Attention masks that a layout made on first use, by keys of its own."""
+    """What was made of it on first use: attention masks by keys of their layout, copies by device."""
 
     def __len__(self) -> int:
         return len(self.ids_T)
 
     def to(self, device: torch.device) -> Forest:
+        """The same forest with its tensors on `device`; kept, so that its masks are made once there."""
         if self.ids_T.device == device:
             return self
-        moved = {name: getattr(self, name).to(device) for name in ("ids_T", "target_T", "sequence_T")}
-        return replace(self, **moved, masks={})
+        if device not in self.masks:
+            moved = {name: getattr(self, name).to(device) for name in ("ids_T", "target_T", "sequence_T")}
+            self.masks[device] = replace(self, **moved, masks={})
+        return self.masks[device]
 
     @property
     def segment_T(self) -> Tensor:
@@ -104,10 +107,10 @@ class Forest:
 
     def spread(self, values_R: Sequence[Sequence[float]] | Sequence[float]) -> Tensor:
         """[T] float32 with each row's value, or its values token by token, at its completion; 0 elsewhere."""
-        spread_T = torch.zeros(len(self), device="cpu")
+        spread_T = torch.zeros(len(self))
         for (start, stop), value in zip(self.spans, values_R, strict=True):
-            spread_T[start:stop] = torch.tensor(value, dtype=torch.float32, device="cpu")
-        return spread_T.to(self.ids_T.device)
+            spread_T[start:stop] = torch.as_tensor(value, dtype=torch.float32)
+        return spread_T
 
     def _each(self, numbers: Iterable[int]) -> Tensor:
         return torch.tensor(list(numbers), device=self.ids_T.device)
@@ -132,11 +135,10 @@ def grow(nodes: Iterable[tuple[Sequence[int], Sequence[bool], int]], leaves: Seq
         if parent < 0 and marks[0]:
             raise ValueError("the first token of a root cannot be a target: nothing predicts it")
     spans = tuple((segments[leaf].start, segments[leaf].stop) for leaf in leaves)
-    sequence_T = torch.full((len(ids),), -1, device="cpu")
+    sequence_T = torch.full((len(ids),), -1)
     for row, (start, stop) in enumerate(spans):
         sequence_T[start:stop] = row
-    ids_T = torch.tensor(ids, dtype=torch.long, device="cpu")
-    target_T = torch.tensor(target, dtype=torch.bool, device="cpu")
+    ids_T, target_T = torch.tensor(ids, dtype=torch.long), torch.tensor(target, dtype=torch.bool)
     return Forest(ids_T, target_T, tuple(segments), sequence_T, spans)
 
 

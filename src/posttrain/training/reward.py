@@ -61,7 +61,7 @@ class RewardMethod:
 def rewards(model: torch.nn.Module, forest: Forest, states: States = hidden_states) -> Tensor:
     """[R] float32 (float64 for a float64 model): the reward of each row of the forest, read at its last token."""
     last_R = torch.tensor([stop - 1 for _, stop in forest.spans])
-    return head(model, states(model, forest)[last_R])
+    return head(model, states(model, forest)[last_R]).to(forest.ids_T.device)
 
 
 def answers(pair: Rendered) -> tuple[Row, Row]:
