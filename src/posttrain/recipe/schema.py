@@ -123,7 +123,9 @@ class StageBase(Block):
         True, description="Compare the packed forward and backward pass with the plain one before the first step."
     )
     optim: Optim = Field(default_factory=lambda: Optim(), description="Optimiser and its schedule.")
-    checkpoint_every: int = Field(10, ge=1, description="Steps between checkpoints.")
+    checkpoint_every: int = Field(
+        10, ge=1, description="Most steps that a kill may cost; a checkpoint is begun every half as many."
+    )
     nonfinite: Literal["stop", "skip"] = Field(
         "stop", description="On a NaN or infinite loss or gradient: stop the run, or skip the step and count it."
     )

@@ -1,8 +1,9 @@
 """Exact checkpoints that survive a kill, a full disk and damaged bytes. safetensors and JSON, no pickle.
 
-A checkpoint is a folder `step-000040` with `tensors.safetensors`, `state.json` and `manifest.json` (the size and
-SHA-256 of both). It is written under a temporary name, flushed to the disk and renamed, so that under its own name
-it is always whole. `LATEST` holds the name of the one saved last and the SHA-256 of its manifest.
+A checkpoint is a folder `step-000040` with `tensors-00000.safetensors` from worker 0 (and so on), `state.json` and
+`manifest.json` (the size and SHA-256 of the others). It is written under a temporary name, flushed to the disk and
+renamed, so that under its own name it is always whole. `LATEST` holds the name of the one saved last and the SHA-256
+of its manifest.
 """
 
 from __future__ import annotations
@@ -14,41 +15,240 @@ import re
 import shutil
 import uuid
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from posttrain.records import UserError
+from posttrain.records import Failure, UserError
+from posttrain.training.world import ALONE, World
 
-TENSORS, STATE, MANIFEST, LATEST = "tensors.safetensors", "state.json", "manifest.json", "LATEST"
+STATE, MANIFEST, LATEST = "state.json", "manifest.json", "LATEST"
+FILE = re.compile(r"tensors-\d{5}\.safetensors|state\.json")
 NAME = re.compile(r"step-(\d{6,})(?:-(\d+))?")
 """The step, and a number where that step was saved again: a saved checkpoint is never written over."""
 
+T = TypeVar("T")
 
-def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, keep: int = 2) -> Path:
-    """Write a checkpoint of `step`, point LATEST at it, and keep it and the `keep - 1` newest of the others.
 
-    `state` is what JSON can hold (finite numbers; tuples come back as lists). Tensors are stored bit by bit; views
-    and tied tensors are stored as tensors of their own. Where the disk is full or not writable, UserError, and
-    the checkpoints that were there are untouched. Killed at any moment, `load` gives the one before or this one.
+class Writer:
+    """Saves checkpoints in a thread while training goes on; the block ends when the last one is on the disk.
+
+    One is written at a time: a save that comes due before then waits for it. The copies that are written take as much
+    memory as the tensors, once. With several workers each makes the same calls.
     """
-    state_json = json.dumps(state, allow_nan=False).encode()
-    storable = _storable(tensors)
-    needed = sum(t.nbytes for t in storable.values()) + len(state_json)
-    temporary = folder / f"tmp-{uuid.uuid4().hex}"
-    try:
+
+    def __init__(self, folder: Path, world: World = ALONE, rows: Sequence[Path] = (), keep: int = 2) -> None:
+        """`rows`: files that every checkpoint is ahead of; they are flushed first. `keep`: how many are kept."""
+        self._folder, self._rows, self._keep = folder, rows, keep
+        self._world, self._line = world, world.twin()
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[Path] | None = None
+        self._buffers: dict[str, Tensor] = {}
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Copy the tensors and begin to write a checkpoint of `step`; LATEST names it once it is whole.
+
+        Tensors are stored bit by bit, of a DTensor this worker's rows. `state` is what JSON can hold (finite numbers;
+        tuples come back as lists).
+
+        Raises:
+            UserError: of the save before this one, as by `check`.
+        """
+        self.wait()
+        content = json.dumps(state, allow_nan=False).encode()
+        pieces = {name: piece for name, t in tensors.items() if (piece := _piece(t.detach(), self._world.rank == 0))}
+        copies = {name: Piece(self._copy(name, p.rows), p.first, p.total) for name, p in pieces.items()}
+        self._writing = self._thread.submit(
+            _save, self._folder, step, copies, content, rows=self._rows, keep=self._keep, world=self._line
+        )
+
+    def check(self) -> None:
+        """To be called after each step: raises on every worker what went wrong in a thread of one of them.
+
+        Raises:
+            UserError: the disk is full or not writable; the checkpoints that were there are untouched.
+        """
+        failed = self._writing is not None and self._writing.done() and self._writing.exception() is not None
+        if any(self._world.gather(failed)):
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the last save is on the disk; raises what went wrong, as `check` does."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _copy(self, name: str, tensor: Tensor) -> Tensor:
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._buffers[name] = buffer
+        return buffer.copy_(tensor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._thread.shutdown()
+        if error is None:
+            self.wait()
+
+
+class Stored:
+    """The tensors of a checkpoint, read from its files when they are asked for, in any cut."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self.forms: dict[str, tuple[torch.Size, torch.dtype]] = {}
+        """Shape and type of each tensor, whole."""
+        self._parts: dict[str, list[tuple[Any, int]]] = {}
+        for path in files:
+            file = safe_open(path, framework="pt")
+            cut = json.loads(file.metadata()["cut"])
+            for name in file.keys():  # noqa: SIM118  (it is not a dict)
+                first, total = cut.get(name, (0, None))
+                part = file.get_slice(name)
+                shape = part.get_shape()
+                dtype = (part[:0] if shape else file.get_tensor(name)).dtype
+                self.forms[name] = torch.Size(shape if total is None else [total, *shape[1:]]), dtype
+                self._parts.setdefault(name, []).append((part if shape else file, first))
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows `start` to `stop` of a tensor along its first dimension; all of it by default."""
+        shape, _ = self.forms[name]
+        if not shape:
+            return self._parts[name][0][0].get_tensor(name).clone()
+        stop = shape[0] if stop is None else stop
+        found = [
+            part[max(start - first, 0) : max(stop - first, 0)]
+            for part, first in sorted(self._parts[name], key=lambda part: part[1])
+        ]
+        rows = torch.cat(found)
+        if len(rows) != stop - start:
+            raise Failure(f"the checkpoint holds {len(rows)} of rows {start} to {stop} of {name}")
+        return rows
+
+    def like(self, name: str, tensor: Tensor) -> Tensor:
+        """The tensor `name`, spread over the workers as `tensor` of the same shape is, on its device."""
+        if not isinstance(tensor, DTensor):
+            return self.read(name).to(tensor.device)
+        start, stop = _span(tensor)
+        return DTensor.from_local(
+            self.read(name, start, stop).to(tensor.device),
+            tensor.device_mesh,
+            tensor.placements,
+            run_check=False,
+            shape=tensor.shape,
+            stride=tensor.stride(),
+        )
+
+
+def load(
+    folder: Path, warn: Callable[[str], None] = warnings.warn, world: World = ALONE
+) -> tuple[int, Stored, dict[str, Any]] | None:
+    """`(step, tensors, state)` of the checkpoint that LATEST names, or None where there is no checkpoint.
+
+    Every byte is verified first, by several workers each its part; they need not be as many as saved it. A damaged
+    checkpoint is renamed to `damaged-...`, never deleted, and the newest sound one takes its place; `warn` is told
+    what was wrong and what is used (the leader's only).
+    """
+    leads = world.rank == 0
+    candidates = world.gather(_candidates(folder, warn) if leads and folder.is_dir() else [])[0]
+    problem = None
+    for path in candidates:
+        damaged, problem = problem is not None, _problem(path, world)
+        if problem is None:
+            step = _step(path)
+            if damaged and leads:
+                warn(f"continuing from {path} (step {step})")
+            return step, Stored(sorted(path.glob("tensors-*.safetensors"))), json.loads((path / STATE).read_bytes())
+        if leads:
+            _put_aside(path, problem, warn)
+    if problem is not None and leads:
+        warn(f"no sound checkpoint is left in {folder}; starting from the beginning")
+    return None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one worker stores of a tensor."""
+
+    rows: Tensor
+    first: int = 0
+    """Where its rows begin among those of the whole tensor."""
+    total: int | None = None
+    """How many rows the whole tensor has; None: this is the whole tensor."""
+
+
+def _piece(tensor: Tensor, leads: bool) -> Piece | None:
+    """None where another worker stores it, or there is nothing to store."""
+    if not isinstance(tensor, DTensor):
+        return Piece(tensor) if leads else None
+    position = tensor.device_mesh.get_coordinate() or ()
+    if any(at != 0 for at, placement in zip(position, tensor.placements, strict=True) if placement.is_replicate()):
+        return None
+    start, stop = _span(tensor)
+    return Piece(tensor.to_local(), start, tensor.shape[0]) if start < stop else None
+
+
+def _span(tensor: DTensor) -> tuple[int, int]:
+    """This worker's rows, start and stop. A sharded dimension is cut as by `torch.chunk`: the last may have none."""
+    start, stop = 0, tensor.shape[0]
+    for at, placement, size in zip(
+        tensor.device_mesh.get_coordinate() or (), tensor.placements, tensor.device_mesh.shape, strict=True
+    ):
+        if placement.is_shard(0) and (start, stop) == (0, tensor.shape[0]):
+            each = -(-tensor.shape[0] // size)
+            start, stop = min(at * each, stop), min((at + 1) * each, stop)
+        elif not placement.is_replicate():
+            raise ValueError(f"a checkpoint can store tensors cut along the first dimension, not {tensor.placements}")
+    return start, stop
+
+
+def _save(
+    folder: Path,
+    step: int,
+    pieces: Mapping[str, Piece],
+    state: bytes,
+    *,
+    rows: Sequence[Path],
+    keep: int,
+    world: World,
+) -> Path:
+    """Write a checkpoint, point LATEST at it, and keep it and the `keep - 1` newest of the others.
+
+    Killed at any moment, `load` gives the one before or this one.
+    """
+    name = f"tensors-{world.rank:05d}.safetensors"
+    cut = {n: (piece.first, piece.total) for n, piece in pieces.items() if piece.total is not None}
+    needed = sum(piece.rows.nbytes for piece in pieces.values()) + len(state)
+    temporary = folder / world.gather(f"tmp-{uuid.uuid4().hex}")[0]
+
+    def begin() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         _remove_temporary(folder)
         temporary.mkdir()
-        save_file(storable, temporary / TENSORS)
-        _fsync(temporary / TENSORS)
-        _write(temporary / STATE, state_json)
-        manifest = _manifest(temporary, step)
+        for path in rows:
+            _fsync(path)
+
+    def write() -> dict[str, Any]:
+        save_file({n: piece.rows for n, piece in pieces.items()}, temporary / name, {"cut": json.dumps(cut)})
+        _fsync(temporary / name)
+        return {name: _facts(temporary / name)}
+
+    def commit() -> Path:
+        _write(temporary / STATE, state)
+        manifest = _manifest(step, {**files, STATE: _facts(temporary / STATE)})
         _write(temporary / MANIFEST, manifest)
         _fsync(temporary)
         path = folder / _free_name(folder, step)
@@ -62,43 +262,42 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
         for old in others[keep - 1 :]:
             os.rename(old, folder / f"tmp-{uuid.uuid4().hex}")  # killed while deleting, it must not look damaged
         _remove_temporary(folder)
-    except (OSError, SafetensorError) as error:
-        _remove_temporary(folder)
-        raise UserError(
-            f"cannot write the checkpoint of step {step} in {folder}: {error}. It needs {needed} bytes{_free(folder)}. "
-            "Make room or choose another folder, then run the same command: earlier checkpoints are intact"
-        ) from error
-    return path
+        return path
 
-
-def load(
-    folder: Path, warn: Callable[[str], None] = warnings.warn
-) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
-    """`(step, tensors, state)` of the checkpoint that LATEST names, or None where there is no checkpoint.
-
-    Every byte is verified first. A damaged checkpoint is renamed to `damaged-...`, never deleted, and the newest
-    sound one takes its place; `warn` is told what was wrong and what is used.
-    """
-    if not folder.is_dir():
-        return None
-    damaged = False
-    for path in _candidates(folder, warn):
-        problem = _problem(path)
-        if problem is None:
-            step = int(NAME.fullmatch(path.name)[1])  # type: ignore[index]
-            if damaged:
-                warn(f"continuing from {path} (step {step})")
-            return step, load_file(path / TENSORS), json.loads((path / STATE).read_bytes())
-        damaged = True
-        aside = folder / f"damaged-{path.name}-{uuid.uuid4().hex[:8]}"
+    def together(work: Callable[[], T], leader_only: bool = False) -> list[T]:
+        """What `work` gave on each worker. An error on one is an error on all; the leader sweeps up."""
+        given: T | None = None
+        failure: UserError | None = None
         try:
-            os.rename(path, aside)
-            warn(f"checkpoint {path} is damaged ({problem}); kept as {aside.name}")
-        except OSError as error:
-            warn(f"checkpoint {path} is damaged ({problem}) and cannot be renamed ({error}); it is left out")
-    if damaged:
-        warn(f"no sound checkpoint is left in {folder}; starting from the beginning")
-    return None
+            if world.rank == 0 or not leader_only:
+                given = work()
+        except (OSError, SafetensorError) as error:
+            failure = UserError(
+                f"cannot write the checkpoint of step {step} in {folder}: {error}. It needs {needed} bytes"
+                f"{_free(folder)}. Make room or choose another folder, then run the same command: earlier checkpoints "
+                "are intact"
+            )
+            failure.__cause__ = error
+        everyone = world.gather((given, failure and str(failure)))
+        messages = [message for _, message in everyone if message]
+        if messages:
+            if world.rank == 0:
+                _remove_temporary(folder)
+            raise failure or UserError(messages[0])
+        return [given for given, _ in everyone]
+
+    together(begin, leader_only=True)
+    files = {n: facts for written in together(write) for n, facts in written.items()}
+    return together(commit, leader_only=True)[0]
+
+
+def _put_aside(path: Path, problem: str, warn: Callable[[str], None]) -> None:
+    aside = path.with_name(f"damaged-{path.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        os.rename(path, aside)
+        warn(f"checkpoint {path} is damaged ({problem}); kept as {aside.name}")
+    except OSError as error:
+        warn(f"checkpoint {path} is damaged ({problem}) and cannot be renamed ({error}); it is left out")
 
 
 def _candidates(folder: Path, warn: Callable[[str], None]) -> list[Path]:
@@ -117,38 +316,41 @@ def _candidates(folder: Path, warn: Callable[[str], None]) -> list[Path]:
     return paths
 
 
-def _problem(path: Path) -> str | None:
-    """What is wrong with the checkpoint; None where it is as it was saved."""
+def _problem(path: Path, world: World) -> str | None:
+    """What is wrong with the checkpoint; None where it is as it was saved. Each worker reads every so-manieth file."""
+    stored, facts, problem = b"", {}, None
     try:
         stored = (path / MANIFEST).read_bytes()
-        if stored == _manifest(path, int(NAME.fullmatch(path.name)[1])):  # type: ignore[index]
-            return None
-        return f"its files do not have the sizes and digests of {MANIFEST}"
+        names = sorted(json.loads(stored)["files"])
+        if not all(FILE.fullmatch(name) for name in names):
+            raise ValueError(names)
+        facts = {name: _facts(path / name) for name in names[world.rank :: world.size]}
     except OSError as error:
-        return str(error)
+        problem = str(error)
+    except (ValueError, KeyError, TypeError):
+        problem = f"{MANIFEST} is not as it was written"
+    everyone = world.gather((facts, problem))
+    problems = [problem for _, problem in everyone if problem]
+    if problems:
+        return problems[0]
+    # Compared byte for byte, the manifest guards itself too.
+    if stored != _manifest(_step(path), {name: fact for facts, _ in everyone for name, fact in facts.items()}):
+        return f"its files do not have the sizes and digests of {MANIFEST}"
+    return None
 
 
-def _manifest(path: Path, step: int) -> bytes:
-    """The manifest that the files in `path` should have. Compared byte for byte, it guards itself too."""
-    files = {}
-    for name in (TENSORS, STATE):
-        with open(path / name, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        files[name] = {"bytes": (path / name).stat().st_size, "sha256": digest}
-    return json.dumps({"step": step, "files": files}, indent=1).encode()
+def _manifest(step: int, files: Mapping[str, Mapping[str, Any]]) -> bytes:
+    return json.dumps({"step": step, "files": dict(sorted(files.items()))}, indent=1).encode()
 
 
-def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous on the CPU, no two over the same memory; copied only where they are not so already."""
-    seen: set[int] = set()
-    storable = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        if tensor.untyped_storage().data_ptr() in seen:
-            tensor = tensor.clone(memory_format=torch.contiguous_format)
-        seen.add(tensor.untyped_storage().data_ptr())
-        storable[name] = tensor
-    return storable
+def _facts(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def _step(path: Path) -> int:
+    return int(NAME.fullmatch(path.name)[1])  # type: ignore[index]
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -60,7 +60,7 @@ def train(
     parameters = policy.parameters()
     optimizer = adamw(parameters.items(), stage.optim)
     checkpoints = folder / "checkpoints"
-    start, ledger, budget = _restore(checkpoints, policy, optimizer, stage, warn)
+    start, ledger, budget = _restore(checkpoints, policy, optimizer, stage, warn, world)
     metrics_path, samples_path = folder / "metrics.jsonl", folder / "samples.jsonl"
     if leads:
         with _writing(folder):
@@ -68,58 +68,60 @@ def train(
             _keep_before(metrics_path, start)
             _keep_before(samples_path, start)
     checked = not stage.check_first_step
-    saved = start
-    for step in range(start, stage.steps):
-        began = time.perf_counter()
-        batch = method.batch(step)
-        if not checked and batch.rows:
-            found = oracle.compare(policy, method, batch)
-            checked = True
-            if leads:
-                with _writing(folder):
-                    write_text(folder / "oracle.json", json.dumps({"step": step, **found}))
-        lr = learning_rate(step, stage.steps, stage.optim)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        torch.manual_seed(derive(seed, stage.id, "dropout", step))
-        with policy.adapter_dropout():  # here only: what is sampled or referred to is the policy, not a thinned one
-            found, cost, budget = _fitting(policy, method, batch, budget, world, warn)
-        norm = clip(parameters.values(), stage.optim.max_grad_norm).item()
-        finite = math.isfinite(found["loss"]) and math.isfinite(norm)
-        if not finite and stage.nonfinite == "stop":
-            raise _nonfinite(folder, stage, step, f"loss {found['loss']}, gradient norm {norm}", batch)
-        if finite and batch.rows:
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        sound = all(p.isfinite().all() for p in parameters.values())
-        if not all(world.gather(sound)):  # then skipping helps no more
-            raise _nonfinite(folder, stage, step, "weights are NaN or infinite after it", batch)
+    # The one before may still be on its way to the disk: begun half as often, two are never more than one interval.
+    interval = max((stage.checkpoint_every + 1) // 2 // method.period, 1) * method.period
+    with checkpoint.Writer(checkpoints, world, rows=(metrics_path, samples_path, folder)) as writer:
+        for step in range(start, stage.steps):
+            began = time.perf_counter()
+            batch = method.batch(step)
+            if not checked and batch.rows:
+                found = oracle.compare(policy, method, batch)
+                checked = True
+                if leads:
+                    with _writing(folder):
+                        write_text(folder / "oracle.json", json.dumps({"step": step, **found}))
+            lr = learning_rate(step, stage.steps, stage.optim)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            torch.manual_seed(derive(seed, stage.id, "dropout", step))
+            with policy.adapter_dropout():  # here only: what is sampled or referred to is the policy, not a thinned one
+                found, cost, budget = _fitting(policy, method, batch, budget, world, warn)
+            norm = clip(parameters.values(), stage.optim.max_grad_norm).item()
+            finite = math.isfinite(found["loss"]) and math.isfinite(norm)
+            if not finite and stage.nonfinite == "stop":
+                raise _nonfinite(folder, stage, step, f"loss {found['loss']}, gradient norm {norm}", batch)
+            if finite and batch.rows:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            sound = all(p.isfinite().all() for p in parameters.values())
+            if not all(world.gather(sound)):  # then skipping helps no more
+                raise _nonfinite(folder, stage, step, "weights are NaN or infinite after it", batch)
 
-        seconds = time.perf_counter() - began
-        ledger += batch.ledger + cost + Ledger(seconds=seconds - batch.ledger.seconds)
-        tokens = cost.trained_tokens + batch.ledger.generated_tokens
-        row = {
-            "step": step,
-            **found,
-            "lr": lr,
-            "grad_norm": norm,
-            **batch.metrics,
-            "tokens": tokens,
-            "skipped": int(not finite),
-            "tokens_per_second": tokens / seconds,
-            "seconds": seconds,
-        }
-        if leads:
-            with _writing(folder):  # closed after each step: a checkpoint is never ahead of its rows
-                _append(metrics_path, [row])
-                _append(samples_path, ({"step": step, **sample} for sample in batch.samples))
-            on_step(row)
-        done = step + 1
-        if done % method.period == 0 and done - saved >= stage.checkpoint_every and done < stage.steps:
-            tensors = {f"weights/{name}": p.detach() for name, p in parameters.items()}
-            tensors |= {f"optimizer/{name}": t for name, t in state_tensors(optimizer).items()}
-            checkpoint.save(checkpoints, done, tensors, {"ledger": asdict(ledger), "tokens_per_forward": budget})
-            saved = done
+            seconds = time.perf_counter() - began
+            ledger += batch.ledger + cost + Ledger(seconds=seconds - batch.ledger.seconds)
+            tokens = cost.trained_tokens + batch.ledger.generated_tokens
+            row = {
+                "step": step,
+                **found,
+                "lr": lr,
+                "grad_norm": norm,
+                **batch.metrics,
+                "tokens": tokens,
+                "skipped": int(not finite),
+                "tokens_per_second": tokens / seconds,
+                "seconds": seconds,
+            }
+            if leads:
+                with _writing(folder):  # closed after each step: a checkpoint is never ahead of its rows
+                    _append(metrics_path, [row])
+                    _append(samples_path, ({"step": step, **sample} for sample in batch.samples))
+                on_step(row)
+            writer.check()
+            done = step + 1
+            if done % interval == 0 and done < stage.steps:
+                tensors = {f"weights/{name}": p.detach() for name, p in parameters.items()}
+                tensors |= {f"optimizer/{name}": t for name, t in state_tensors(optimizer).items()}
+                writer.save(done, tensors, {"ledger": asdict(ledger), "tokens_per_forward": budget})
     return ledger
 
 
@@ -203,23 +205,26 @@ def _restore(
     optimizer: torch.optim.Optimizer,
     stage: StageBase,
     warn: Callable[[str], None],
+    world: World,
 ) -> tuple[int, Ledger, int]:
     """The step to go on from, what was spent until there, and the tokens of a pass."""
-    found = checkpoint.load(checkpoints, warn)
+    found = checkpoint.load(checkpoints, warn, world)
     if found is None:
         return 0, Ledger(), stage.tokens_per_forward
-    step, tensors, state = found
-    parameters = policy.parameters()
-    weights = {name.removeprefix("weights/"): t for name, t in tensors.items() if name.startswith("weights/")}
-    if _forms(weights) != _forms(parameters):
+    step, stored, state = found
+    weights = {f"weights/{name}": p for name, p in policy.parameters().items()}
+    if {n: form for n, form in stored.forms.items() if n.startswith("weights/")} != _forms(weights):
         raise UserError(f"{checkpoints}: holds the weights of another model or adapter; choose another --out")
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
-    load_state(
-        optimizer,
-        {name.removeprefix("optimizer/"): t for name, t in tensors.items() if name.startswith("optimizer/")},
-    )
+        for name, parameter in weights.items():
+            parameter.copy_(stored.like(name, parameter))
+    moments = {}
+    for name, (shape, _) in stored.forms.items():
+        if name.startswith("optimizer/"):
+            path = name.removeprefix("optimizer/")
+            like = weights.get(f"weights/{path.rpartition('/')[0]}") if shape else None
+            moments[path] = stored.read(name) if like is None else stored.like(name, like)
+    load_state(optimizer, moments)
     return step, Ledger(**state["ledger"]), state["tokens_per_forward"]
 
 

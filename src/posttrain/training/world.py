@@ -15,6 +15,9 @@ class World(Protocol):
     def gather(self, value: Any) -> list[Any]:
         """What every worker gave, in the order of their ranks, on every worker. Waits for all of them."""
 
+    def twin(self) -> World:
+        """The same workers on a line of their own, for a second thread. Every worker makes it, in the same order."""
+
 
 class Alone:
     """One worker."""
@@ -24,17 +27,24 @@ class Alone:
     def gather(self, value: Any) -> list[Any]:
         return [value]
 
+    def twin(self) -> Alone:
+        return self
+
 
 class Distributed:
-    """The workers of torch.distributed's default group, which must be up."""
+    """The workers of a process group of torch.distributed, by default of the one of all, which must be up."""
 
-    def __init__(self) -> None:
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
     def gather(self, value: Any) -> list[Any]:
         values = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, self.group)
         return values
+
+    def twin(self) -> Distributed:
+        return Distributed(dist.new_group(backend="gloo"))
 
 
 ALONE = Alone()
