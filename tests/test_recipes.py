@@ -35,7 +35,7 @@ def run_short(recipe: Path, out: Path, *more: str) -> dict[str, dict]:
         assert record["ledger"]["trained_tokens"] > 0
         records[stage.id] = record
     drift = json.loads((out / "evals.json").read_text())["retention"]
-    assert [row["stage"] for row in drift] == ["base", *records]
+    assert [row["stage"] for row in drift] == (["base", *records] if load(recipe).evals.retention else [])
     assert all(row["kl"] > 0 for row in drift[1:])
     assert (out / "report.html").stat().st_size > 10_000
     return records
@@ -76,7 +76,7 @@ def test_third_party_files_without_conversion(
     assert source["used"] == source["read"] - lost
 
 
-@pytest.mark.parametrize(("recipe", "shape"), [("sft", "messages"), ("dpo", "preference")])
+@pytest.mark.parametrize(("recipe", "shape"), [("sft", "messages"), ("dpo", "preference"), ("reward", "preference")])
 def test_example_files_hold_what_the_recipe_says(recipe: str, shape: str) -> None:
     from posttrain.data.sources import read
     from posttrain.recipe.load import resolved
@@ -84,5 +84,5 @@ def test_example_files_hold_what_the_recipe_says(recipe: str, shape: str) -> Non
     stage = resolved(load(ROOT / f"recipes/{recipe}.yaml"), ROOT / "recipes").stages[0]
     loaded = read(stage.data.sources[0])
     assert loaded.report.shape == shape
-    assert (loaded.report.rows, loaded.report.bad) == ({"sft": 24, "dpo": 16}[recipe], 0)
+    assert (loaded.report.rows, loaded.report.bad) == ({"sft": 24}.get(recipe, 16), 0)
     assert f"{loaded.report.rows} " in (ROOT / f"recipes/{recipe}.yaml").read_text()

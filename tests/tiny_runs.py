@@ -13,13 +13,15 @@ from tiny import tiny_policy, tiny_tokenizer
 from posttrain.data.chat import Rendered, Renderer
 from posttrain.data.prepare import Prepared
 from posttrain.models.policy import Policy
-from posttrain.recipe.schema import Dpo, Grpo, Lora, Sft, StageBase
+from posttrain.models.reward import reward_model
+from posttrain.recipe.schema import Dpo, Grpo, Lora, RewardModel, Sft, StageBase
 from posttrain.records import Example, Ledger, Score
 from posttrain.sampling.local import LocalSampler
 from posttrain.training.batch import Method
 from posttrain.training.dpo import DpoMethod, pairs_from_data, pairs_on_policy, read_pairs, write_pairs
 from posttrain.training.grpo import GrpoMethod
 from posttrain.training.loop import TIMES, train
+from posttrain.training.reward import RewardMethod, ends
 from posttrain.training.sft import SftMethod
 
 SEED = 3
@@ -91,6 +93,7 @@ STAGES: dict[str, tuple[type[StageBase], dict[str, Any]]] = {
     "sft": (Sft, {"kind": "sft"}),
     "dpo": (Dpo, {"kind": "dpo"}),
     "dpo on-policy": (Dpo, {"kind": "dpo", "on_policy": {"n": 4, "prompts": 6, "max_new_tokens": 6}}),
+    "reward_model": (RewardModel, {"kind": "reward_model", "centring": 0.01}),
     "grpo": (Grpo, {"kind": "grpo", "n": 4, "sampling": {"max_new_tokens": 6}, "kl_weight": 0.1}),
     "grpo twice": (Grpo, {"kind": "grpo", "n": 4, "sampling": {"max_new_tokens": 6}, "iterations": 2}),
 }
@@ -135,6 +138,8 @@ def grpo(
 def method_of(name: str, policy: Policy, stage: Any, folder: Path | None = None) -> Method:
     if name == "sft":
         return sft(stage)
+    if name == "reward_model":
+        return RewardMethod(stage, prepared(paired()), SEED)
     return dpo(policy, stage, folder) if name.startswith("dpo") else grpo(policy, stage)
 
 
@@ -149,6 +154,8 @@ def run(
     """Everything built anew, as a command would, and trained; `change` may tamper before the first step."""
     policy = tiny_policy(adapter=adapter)
     stage = stage_of(name, **settings)
+    if name == "reward_model":
+        policy = reward_model(policy, ends(prepared(paired())), SEED)
     method = method_of(name, policy, stage, folder)
     change(method, policy)
     return policy, train(policy, method, stage, folder, SEED, on_step)
