@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from test_forest import random_forest
 from tiny import tiny_model
 
-from posttrain.forest import grow, hidden_states, unrolled_hidden_states
+from posttrain.forest import grow, hidden_states
 from posttrain.forest.attention import Scoring, Tree
 from posttrain.forest.flex import Flex, sees, walk
 
@@ -145,6 +145,5 @@ def test_a_pass_runs_where_the_model_is(monkeypatch):
     monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
     model = tiny_model(vocab=97).to("meta")
     forest = random_forest(random.Random(1))
-    for way in (hidden_states, unrolled_hidden_states):
-        assert way(model, forest).device.type == "meta"
+    assert hidden_states(model, forest).device.type == "meta"
     assert forest.ids_T.device.type == "cpu"

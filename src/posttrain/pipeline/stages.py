@@ -19,7 +19,9 @@ from posttrain.pipeline.folder import digest, read_json, write_json
 from posttrain.recipe.schema import Dpo, Grpo, RewardModel, Sft, Stage, StageBase
 from posttrain.records import Example, Ledger, UserError, derive
 from posttrain.rewards.verifier import prove, score
+from posttrain.sampling.endpoint import EndpointSampler
 from posttrain.sampling.local import LocalSampler
+from posttrain.sampling.protocol import Sampler
 from posttrain.training.batch import Method
 from posttrain.training.dpo import DpoMethod, pairs_from_data, pairs_on_policy, read_pairs, write_pairs
 from posttrain.training.grpo import GrpoMethod
@@ -126,8 +128,11 @@ def _method(
         return SftMethod(stage, data, seed), Ledger(), {}
     if isinstance(stage, RewardModel):
         return RewardMethod(stage, data, seed), Ledger(), {"pairs": sum(map(len, data.rows))}
-    sampler = LocalSampler(start, Renderer(start.tokenizer, system=stage.data.system))
+    renderer = Renderer(start.tokenizer, system=stage.data.system)
+    sampler: Sampler = LocalSampler(start, renderer)
     if isinstance(stage, Grpo):
+        if stage.endpoint is not None:
+            sampler = EndpointSampler(start, renderer, stage.endpoint, folder / "served")
         return GrpoMethod(stage, data, start, sampler, score, seed), Ledger(), {}
     kept, cost = folder / "pairs.jsonl", folder / "pairs.json"
     if not cost.is_file():
@@ -170,3 +175,4 @@ def _told(data: Prepared) -> list[str]:
 def _drop_checkpoints(folder: Path) -> None:
     """The artifact is safe on disk; the checkpoints that led to it are several times its size."""
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    shutil.rmtree(folder / "served", ignore_errors=True)

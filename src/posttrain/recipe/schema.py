@@ -95,6 +95,12 @@ class Sampling(Block):
     min_p: float = Field(0.0, ge=0, lt=1, description="Keep tokens at least this share as likely as the likeliest.")
     max_new_tokens: int = Field(64, ge=1, description="Longest completion, in tokens.")
     stop: tuple[str, ...] = Field((), description="Strings that end a completion.")
+    speculate: int = Field(
+        0,
+        ge=0,
+        description="Tokens that a completion may guess ahead in one step, from what its text said before; the result "
+        "is the same. Faster for few completions at a time that repeat their prompt, slower for many; 0: off.",
+    )
 
 
 class StageBase(Block):
@@ -195,6 +201,16 @@ class RewardModel(StageBase):
         return self
 
 
+class Endpoint(Block):
+    """An inference server that completions are drawn from. Its API key, if it asks for one, comes from the environment
+    variable POSTTRAIN_ENDPOINT_KEY."""
+
+    url: str = Field(pattern=r"^https?://", description="Where it answers, without /v1: http://gpu7:8000.")
+    kind: Literal["vllm", "sglang"] = Field(description="What it runs; vllm only where an adapter is trained.")
+    timeout_s: float = Field(600.0, gt=0, description="Seconds to wait for one answer.")
+    retries: int = Field(5, ge=0, description="Further attempts where it is busy, restarting or cut off.")
+
+
 class Grpo(StageBase):
     """Group-relative policy optimisation (Shao et al., 2402.03300) with a verifier's reward."""
 
@@ -232,6 +248,9 @@ class Grpo(StageBase):
         "cut at importance_cap, or dropped above it.",
     )
     importance_cap: float = Field(2.0, gt=1, description="Largest such weight.")
+    endpoint: Endpoint | None = Field(
+        None, description="A server that draws the completions in place of the local engine."
+    )
 
     @model_validator(mode="after")
     def _completions_differ(self) -> Grpo:

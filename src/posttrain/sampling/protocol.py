@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from posttrain.recipe.schema import Sampling
-from posttrain.records import Example, Ledger, Rollout
+from posttrain.records import Example, Ledger, Rollout, UserError
 
 
 class Sampler(Protocol):
@@ -20,3 +20,25 @@ class Sampler(Protocol):
         Raises:
             UserError: a prompt leaves no room for an answer in the model's context.
         """
+
+
+class Renderer(Protocol):
+    """The part of the chat renderer that sampling needs."""
+
+    def prompt_ids(self, example: Example) -> tuple[int, ...]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+def room(example: Example, prompt: int, most: int, context: int) -> int:
+    """Tokens that a completion may have, at most `most`, after `prompt` tokens of a model that has `context`."""
+    if prompt >= context:
+        raise UserError(
+            f"{example.id}: the prompt has {prompt} tokens and the model's context {context}: no room for an answer; "
+            "shorten it, or drop it with data.max_length"
+        )
+    return min(most, context - prompt)
+
+
+def completion_text(text: str, stops: Sequence[str]) -> str:
+    """A completion as far as its first stop string."""
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]

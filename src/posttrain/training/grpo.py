@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from torch import Tensor
 
@@ -22,9 +22,23 @@ from posttrain.losses import (
 )
 from posttrain.models.policy import Policy
 from posttrain.recipe.schema import Grpo
-from posttrain.records import Example, Score, derive
+from posttrain.records import Example, Failure, Rollout, Score, derive
 from posttrain.sampling.protocol import Sampler
 from posttrain.training.batch import Batch, LogProbs, frozen_logprobs
+
+
+def check_weights(rollouts: Sequence[Rollout], allowed: Collection[str]) -> None:
+    """Refuse rollouts of weights other than those whose digests are allowed: training on them would go wrong quietly.
+
+    Raises:
+        Failure: the sampler did not get the policy's weights, or fell further behind than it may.
+    """
+    for rollout in rollouts:
+        if rollout.weights not in allowed:
+            raise Failure(
+                f"{rollout.example.id}: sampled with weights {rollout.weights[:12]}, and allowed are "
+                f"{', '.join(sorted(digest[:12] for digest in allowed))}; the sampler did not get the policy's weights"
+            )
 
 
 class GrpoMethod(LogProbs):
@@ -62,6 +76,7 @@ class GrpoMethod(LogProbs):
         first = step // self.period * stage.batch_size
         prompts = [self.data.rows[s][i].example for s, i in self.order[first : first + stage.batch_size]]
         rollouts, ledger = self.sampler(prompts, stage.n, stage.sampling, derive(self.seed, stage.id, "step", step))
+        check_weights(rollouts, {self.policy.digest()})
         scores = [self.score(r.example, r.text) for r in rollouts]
         credit = advantages(rollouts, scores, std=stage.baseline_std, eps=stage.std_eps)
         scored = [i for i, advantage in enumerate(credit) if advantage is not None]
