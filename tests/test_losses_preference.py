@@ -1,4 +1,4 @@
-"""SFT and DPO against arithmetic done by hand."""
+"""SFT, DPO and Bradley-Terry against arithmetic done by hand."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from posttrain.losses import dpo, nll
+from posttrain.losses import bradley_terry, dpo, nll
 
 
 def tensor(*values: float) -> torch.Tensor:
@@ -69,3 +69,36 @@ def test_gradients_agree_with_finite_differences(label_smoothing):
         (chosen.requires_grad_(), rejected.requires_grad_()),
     )
     assert torch.autograd.gradcheck(nll, (torch.randn(4, dtype=torch.float64, requires_grad=True),))
+
+
+def test_bradley_terry_by_hand():
+    """Rewards 1 and -0.5, margin 0.5: -log s(1) = log(1 + e^-1) = 0.31326168751822286; 0.1 (1 - 0.5)^2 = 0.025."""
+    loss_P = bradley_terry(tensor(1.0), tensor(-0.5), margin_P=tensor(0.5), centring=0.1)
+    assert loss_P.item() == pytest.approx(0.31326168751822286 + 0.025, abs=1e-12)
+    assert bradley_terry(tensor(2.0), tensor(2.0)).item() == pytest.approx(math.log(2), abs=1e-15)
+
+
+@pytest.mark.parametrize("centring", [0.0, 0.01, 1.0])
+def test_bradley_terry_gradient_is_that_of_finite_differences(centring):
+    chosen_P, rejected_P = tensor(0.3, -2.0, 5.0).requires_grad_(), tensor(1.0, -2.0, -4.0).requires_grad_()
+    margin_P = tensor(0.0, 0.7, -0.2)
+    assert torch.autograd.gradcheck(
+        lambda c, r: bradley_terry(c, r, margin_P=margin_P, centring=centring), (chosen_P, rejected_P), eps=1e-6
+    )
+
+
+def test_only_centring_sees_where_the_rewards_lie():
+    """Without it a common shift changes nothing; with it the best rewards have a mean of 0."""
+    chosen_P, rejected_P = tensor(1.0, 3.0), tensor(0.5, 4.0)
+    torch.testing.assert_close(bradley_terry(chosen_P + 7, rejected_P + 7), bradley_terry(chosen_P, rejected_P))
+    shift = tensor(0.0).requires_grad_()
+    bradley_terry(tensor(1.0) + shift, tensor(-1.0) + shift, centring=0.3).backward()
+    assert shift.grad.item() == pytest.approx(0, abs=1e-15)
+
+
+def test_bradley_terry_stays_finite_far_out():
+    chosen_P = torch.tensor([-5000.0, 5000.0], requires_grad=True)
+    loss_P = bradley_terry(chosen_P, torch.zeros(2))
+    loss_P.sum().backward()
+    assert loss_P.tolist() == [5000.0, 0.0]
+    assert chosen_P.grad.tolist() == [-1.0, 0.0]

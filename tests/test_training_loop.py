@@ -76,7 +76,7 @@ def test_a_run_learns_something_at_every_step(whole, name):
     """Else the tests here would compare runs that do nothing."""
     weights, folder, _ = whole(name, None)
     start = tiny_policy().snapshot()
-    assert not any(torch.equal(weights[n], start[n]) for n in weights)
+    assert not any(torch.equal(weights[n], start[n]) for n in weights.keys() & start.keys())
     assert all(row["grad_norm"] > 0 for row in rows_of(folder / "metrics.jsonl"))
 
 
@@ -340,11 +340,11 @@ def test_a_disk_that_fills_up_is_told_and_the_run_continues_when_there_is_room(t
 
     try:
         with pytest.raises(UserError, match=r"cannot be written \(File too large\).*checkpoints are intact") as caught:
-            run(name, tmp_path, on_step=on_step, checkpoint_every=4)
+            run(name, tmp_path, on_step=on_step, checkpoint_every=8)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert str(tmp_path) in str(caught.value)
-    policy, _ = run(name, tmp_path, checkpoint_every=4)
+    policy, _ = run(name, tmp_path, checkpoint_every=8)
     assert same(policy.snapshot(), whole(name, None)[0])
     assert rows_of(tmp_path / "metrics.jsonl") == rows_of(whole(name, None)[1] / "metrics.jsonl")
 
