@@ -13,7 +13,7 @@ import torch
 
 from posttrain.records import UserError
 from posttrain.training import checkpoint
-from posttrain.training.checkpoint import LATEST, load, save
+from posttrain.training.checkpoint import LATEST, Writer, load
 
 
 class Killed(BaseException):
@@ -26,8 +26,15 @@ def content(step: int) -> tuple[dict[str, torch.Tensor], dict]:
     return tensors, {"cursor": [step, 0.1 * step], "name": f"run {step}"}
 
 
+def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict, **options: int) -> None:
+    with Writer(folder, **options) as writer:
+        writer.save(step, tensors, state)
+
+
 def put(folder: Path, step: int, **options: int) -> Path:
-    return save(folder, step, *content(step), **options)
+    """What is saved is `content`; the path is that of the step's first save."""
+    save(folder, step, *content(step), **options)
+    return folder / f"step-{step:06d}"
 
 
 def step_of(folder: Path, warnings: list[str] | None = None) -> int | None:
@@ -35,7 +42,8 @@ def step_of(folder: Path, warnings: list[str] | None = None) -> int | None:
     found = load(folder, warn=([] if warnings is None else warnings).append)
     if found is None:
         return None
-    step, tensors, state = found
+    step, stored, state = found
+    tensors = {name: stored.read(name) for name in stored.forms}
     expected_tensors, expected_state = content(step)
     assert state == expected_state
     assert tensors.keys() == expected_tensors.keys()
@@ -75,13 +83,12 @@ def test_everything_comes_back_bit_for_bit(tmp_path):
     }
     state = {"float": 0.1 + 0.2, "big": 2**70, "text": "ü\u2028", "nested": {"list": [1, None, True]}}
     save(tmp_path, 3, tensors, state)
-    step, loaded, loaded_state = load(tmp_path)
+    step, stored, loaded_state = load(tmp_path)
     assert (step, loaded_state) == (3, state)
-    assert loaded.keys() == tensors.keys()
+    assert stored.forms == {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
-        assert loaded[name].dtype == tensor.dtype
-        assert loaded[name].shape == tensor.shape
-        assert bits(loaded[name]) == bits(tensor.detach()), name
+        assert bits(stored.read(name)) == bits(tensor.detach()), name
+        assert bits(stored.like(name, tensor)) == bits(tensor.detach()), name
 
 
 def test_there_is_none(tmp_path):
@@ -118,7 +125,7 @@ def test_a_step_can_be_saved_again(tmp_path):
 
 def test_leftovers_of_a_killed_save_go_at_the_next(tmp_path):
     (tmp_path / "tmp-1").mkdir()
-    (tmp_path / "tmp-1" / "tensors.safetensors").write_bytes(b"half")
+    (tmp_path / "tmp-1" / "tensors-00000.safetensors").write_bytes(b"half")
     (tmp_path / "tmp-2").write_bytes(b"half")
     assert load(tmp_path) is None
     put(tmp_path, 1)
@@ -162,7 +169,7 @@ def test_damage_is_always_noticed_and_the_previous_one_used(tmp_path, damage, ti
         assert step_of(folder) == 30
 
 
-@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("name", ["tensors-00000.safetensors", "state.json", "manifest.json"])
 def test_a_missing_file_is_noticed(tmp_path, name):
     put(tmp_path, 10)
     (put(tmp_path, 20) / name).unlink()

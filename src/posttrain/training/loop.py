@@ -68,7 +68,8 @@ def train(
             _keep_before(metrics_path, start)
             _keep_before(samples_path, start)
     checked = not stage.check_first_step
-    # The one before may still be on its way to the disk: begun half as often, two are never more than one interval.
+    # A step counts from its row on. Before that of a step whose checkpoint is due, the former must be on the disk: so
+    # what a kill costs is below two intervals, and an interval is half of what it may cost.
     interval = max((stage.checkpoint_every + 1) // 2 // method.period, 1) * method.period
     with checkpoint.Writer(checkpoints, world, rows=(metrics_path, samples_path, folder)) as writer:
         for step in range(start, stage.steps):
@@ -111,14 +112,18 @@ def train(
                 "tokens_per_second": tokens / seconds,
                 "seconds": seconds,
             }
+            done = step + 1
+            due = done % interval == 0 and done < stage.steps
+            if due:
+                writer.wait()
+            else:
+                writer.check()
             if leads:
                 with _writing(folder):  # closed after each step: a checkpoint is never ahead of its rows
                     _append(metrics_path, [row])
                     _append(samples_path, ({"step": step, **sample} for sample in batch.samples))
                 on_step(row)
-            writer.check()
-            done = step + 1
-            if done % interval == 0 and done < stage.steps:
+            if due:
                 tensors = {f"weights/{name}": p.detach() for name, p in parameters.items()}
                 tensors |= {f"optimizer/{name}": t for name, t in state_tensors(optimizer).items()}
                 writer.save(done, tensors, {"ledger": asdict(ledger), "tokens_per_forward": budget})
