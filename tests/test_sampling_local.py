@@ -89,7 +89,7 @@ def test_a_completion_does_not_depend_on_its_neighbours(arch):
     for rows in (1, 4, 11):
         assert [r.ids for r in LocalSampler(policy, words, rows)(PROMPTS, 4, sampling, seed=7)[0]] == want
     naive = LocalSampler(policy, words)
-    naive._decode = lambda ids, n, writing, s: naive._decode_naively(ids, writing, s)
+    naive._decode = naive._decode_naively
     assert [r.ids for r in naive(PROMPTS, 4, sampling, seed=7)[0]] == want
     assert len(set(want)) > len(PROMPTS)
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from posttrain.recipe.schema import Sampling
+
+BLOCK = 128
+"""Tokens of a block in the cumulative sum over the vocabulary; it divides most vocabularies in use."""
 
 
 def draws(seed: int, group: int, index: int, length: int) -> Tensor:
@@ -25,21 +29,46 @@ def choose(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> tuple[Te
         ids_B and logps_B (float32, nats). Greedy decoding (temperature 0) reports log-probabilities at 1.
     """
     logits_BV = logits_BV.float()
-    if sampling.temperature == 0:
-        ids_B = logits_BV.argmax(-1)
-        return ids_B, _logps(logits_BV, ids_B)
-    logits_BV = logits_BV / sampling.temperature
-    p_BV = cut(logits_BV.softmax(-1), sampling)
-    cdf_BV = p_BV.cumsum(-1)
-    # right=True: the first token whose cumulative mass exceeds the draw, so one of probability 0 is never it.
-    ids_B = torch.searchsorted(cdf_BV, uniform_B.to(cdf_BV.dtype)[:, None] * cdf_BV[:, -1:], right=True).squeeze(1)
-    last_B = cdf_BV.shape[1] - 1 - (p_BV > 0).flip(-1).int().argmax(-1)
-    ids_B = torch.minimum(ids_B, last_B)  # a draw rounded up to the whole mass
-    return ids_B, _logps(logits_BV, ids_B)
+    if sampling.temperature not in (0, 1):
+        logits_BV = logits_BV / sampling.temperature
+    top_B1, best_B1 = logits_BV.max(-1, keepdim=True)
+    mass_BV = (logits_BV - top_B1).exp_()
+    sum_B = mass_BV.sum(-1)
+    ids_B = best_B1.squeeze(1) if sampling.temperature == 0 else _draw(cut(mass_BV, sampling), uniform_B)
+    return ids_B, (logits_BV.gather(1, ids_B[:, None]) - top_B1).squeeze(1) - sum_B.log()
+
+
+def _draw(mass_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """The first token in each row at which the cumulative mass exceeds `uniform` times the whole.
+
+    Sums over blocks tell in which block that is, so that only one block a row is summed up token by token.
+    """
+    B, V = mass_BV.shape
+    if V % BLOCK:
+        mass_BV = pad(mass_BV, (0, -V % BLOCK))
+    mass_BNK = mass_BV.view(B, -1, BLOCK)
+    mass_BN = mass_BNK.sum(-1).double()
+    until_BN = mass_BN.cumsum(-1)
+    target_B1 = uniform_B.double()[:, None] * until_BN[:, -1:]
+    # right=True: the first sum above the draw, so that a block or token without mass is never it. A draw that is
+    # rounded up to the whole mass belongs to the last one that has any.
+    block_B1 = torch.minimum(torch.searchsorted(until_BN, target_B1, right=True), _last(until_BN))
+    inside_BK = mass_BNK.gather(1, block_B1[..., None].expand(-1, -1, BLOCK)).squeeze(1).double().cumsum(-1)
+    into_B1 = (target_B1 - (until_BN - mass_BN).gather(1, block_B1)).clamp_(min=0)
+    token_B1 = torch.minimum(torch.searchsorted(inside_BK, into_B1, right=True), _last(inside_BK))
+    return (block_B1 * BLOCK + token_B1).squeeze(1)
+
+
+def _last(sums_BN: Tensor) -> Tensor:
+    """[B, 1]: where a row of growing sums reaches its end, the last entry that added anything."""
+    return torch.searchsorted(sums_BN, sums_BN[:, -1:].contiguous())
 
 
 def cut(p_BV: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities with those outside top-k, then top-p, then min-p set to 0; not renormalised."""
+    """Probabilities with those outside top-k, then top-p, then min-p set to 0; not renormalised.
+
+    Anything in proportion to probabilities will do.
+    """
     if 0 < sampling.top_k < p_BV.shape[1]:
         least = p_BV.topk(sampling.top_k).values[:, -1:]
         p_BV = p_BV.masked_fill(p_BV < least, 0.0)
@@ -51,7 +80,3 @@ def cut(p_BV: Tensor, sampling: Sampling) -> Tensor:
     if sampling.min_p > 0:
         p_BV = p_BV.masked_fill(p_BV < sampling.min_p * p_BV.amax(-1, keepdim=True), 0.0)
     return p_BV
-
-
-def _logps(logits_BV: Tensor, ids_B: Tensor) -> Tensor:
-    return logits_BV.gather(1, ids_B[:, None]).squeeze(1) - logits_BV.logsumexp(-1)

@@ -1,23 +1,31 @@
-"""The key/value grid of the local engine: P prompts side by side, up to G completions under each.
+"""Keys and values of the local engine, and its attention: prompts once, completions under them.
 
-A prompt's keys and values stand once, however many completions look at them. Attention runs over the whole grid in
-two batched products, prefix and suffix, under one softmax; the linear layers see only the rows still being written.
+A prompt's keys and values stand once, however many completions look at them. Attention to the prompts and attention
+to a completion's own tokens are two batched products, joined by the two masses that their softmaxes would divide by
+(the merge of FlashAttention, 2205.14135, and of shared-prefix decoding, Hydragen, 2402.05099).
+
+Letters beside the common ones: B completions being written, each one row of the batch; P prompts with a place; Q
+tokens of a row in one step (more than one where tokens are drafted); L longest prompt; N longest completion so far;
+Hkv key heads, each serving r of the H query heads, of d channels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from posttrain.forest.attention import Scoring, Tree, soften
+from posttrain.forest.attention import Scoring, Tree
 from posttrain.forest.tree import Forest
 
 BLOCK = 32
-"""Suffix slots are added so many tokens at a time."""
+"""Room for completions grows by so many tokens at a time."""
 
 
 class Prefill(Tree):
-    """A forest of prompts whose keys and values are kept for the grid."""
+    """A forest of prompts whose keys and values are kept, by layer: two [Hkv, T, d]."""
 
     def __init__(self, forest: Forest) -> None:
         super().__init__(forest)
@@ -28,111 +36,195 @@ class Prefill(Tree):
         return super().attend(layer, query, key, value, scoring)
 
 
-class Grid:
-    """Keys and values of P prompts and of P x G completions, for every layer.
+class Cache:
+    """Keys and values of sequences side by side, for every layer: two [sequences, Hkv, tokens, d].
 
-    `prompt_P` and `length_PG` count the tokens that stand in each place; a place may be used again once its
-    prompt is done.
+    Sequences in use always stand first, so that a slice holds them all. How many there are, and how long each is,
+    its users know.
     """
 
-    def __init__(self, prompts: int, completions: int) -> None:
-        self.P, self.G = prompts, completions
-        self.prompt_P = torch.zeros(prompts, dtype=torch.long)
-        self.length_PG = torch.zeros(prompts, completions, dtype=torch.long)
-        self.prefix: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> two [P, Hkv, prompt, d]
-        self.suffix: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> two [P, G, Hkv, completion, d]
+    def __init__(self) -> None:
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.sequences = self.tokens = 0
 
-    def enter(self, places: list[int], paths: list[Tensor], prefill: Prefill) -> None:
-        """Put prompts in `places`; `paths` are each prompt's tokens as indices into the prefill's row."""
-        for place, path in zip(places, paths, strict=True):
-            self.prompt_P[place] = len(path)
-            self.length_PG[place] = 0
-        longest = int(self.prompt_P.max())
-        for layer, (key, value) in prefill.kept.items():
-            heads, width = key.shape[0], key.shape[-1]
-            if layer not in self.prefix:
-                empty = key.new_zeros(self.P, heads, 0, width)
-                self.prefix[layer] = (empty, empty)
-                none = key.new_zeros(self.P, self.G, heads, 0, width)
-                self.suffix[layer] = (none, none)
-            kept = tuple(_grown(x, 2, longest) for x in self.prefix[layer])
-            for place, path in zip(places, paths, strict=True):
-                kept[0][place, :, : len(path)] = key[:, path]
-                kept[1][place, :, : len(path)] = value[:, path]
-            self.prefix[layer] = (kept[0], kept[1])
+    def require(self, sequences: int, tokens: int) -> None:
+        """Have room for so many, at the least, when a layer is next used."""
+        self.sequences, self.tokens = max(self.sequences, sequences), max(self.tokens, tokens)
+
+    def room(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's keys and values; what is new in them is zero. `like` is [Hkv, _, d]."""
+        kept = self.layers.get(layer)
+        shape = (self.sequences, like.shape[0], self.tokens, like.shape[2])
+        if kept is None:
+            kept = self.layers[layer] = (like.new_zeros(shape), like.new_zeros(shape))
+        elif kept[0].shape != shape:
+            grown = (like.new_zeros(shape), like.new_zeros(shape))
+            for new, old in zip(grown, kept, strict=True):
+                new[: old.shape[0], :, : old.shape[2]] = old
+            kept = self.layers[layer] = grown
+        return kept
+
+    def keep(self, order: Sequence[int]) -> None:
+        """Sequence `order[i]` becomes sequence i, the others are forgotten. Only what moves is copied."""
+        to = [i for i, source in enumerate(order) if i != source]
+        source = [order[i] for i in to]
+        if to:
+            for pair in self.layers.values():
+                for kept in pair:
+                    kept[to] = kept[source]
+
+    def enter(self, at: int, spans: Sequence[tuple[int, int]], computed: Mapping[int, tuple[Tensor, Tensor]]) -> None:
+        """Put in sequence `at`: its tokens are the [start, stop) spans of what a prefill `computed`."""
+        tokens = sum(stop - start for start, stop in spans)
+        for layer, pair in computed.items():
+            for kept, new in zip(self.room(layer, pair[0]), pair, strict=True):
+                kept[at, :, :tokens] = torch.cat([new[:, start:stop] for start, stop in spans], 1)
+
+
+def survivors(alive: Sequence[bool]) -> list[int]:
+    """An order for `Cache.keep`: those alive, where each dead one in front is replaced by the last one alive."""
+    order = list(range(len(alive)))
+    i = 0
+    while i < len(order):
+        if alive[order[i]]:
+            i += 1
+        elif len(order) == i + 1:
+            order.pop()
+        else:
+            order[i] = order.pop()
+    return order
 
 
 class Decode:
-    """One token for each live completion: row b of the batch stands at prompt `p_B[b]`, completion `g_B[b]`."""
+    """The next tokens of B completions, row after row: `counts[b]` of row b, each seeing those before it.
 
-    def __init__(self, grid: Grid, p_B: Tensor, g_B: Tensor) -> None:
-        self.grid, self.p_B, self.g_B = grid, p_B, g_B
-        self.at_B = grid.length_PG[p_B, g_B]
-        grid.length_PG[p_B, g_B] += 1
-        self.position_B = grid.prompt_P[p_B] + self.at_B
-        self._hidden: dict[int | None, Tensor] = {}
+    Row b continues the prompt at place `places[b]`, `prompts[place]` tokens long, and holds `lengths[b]` tokens of
+    its own already.
+    """
+
+    def __init__(
+        self,
+        prefix: Cache,
+        suffix: Cache,
+        prompts: Sequence[int],
+        places: Sequence[int],
+        lengths: Sequence[int],
+        counts: Sequence[int],
+        device: torch.device | None = None,
+    ) -> None:
+        self.prefix, self.suffix = prefix, suffix
+        self.prompt_P = torch.tensor(prompts, device=device)
+        self.place_B = torch.tensor(places, device=device)
+        self.length_B = torch.tensor(lengths, device=device)
+        self.P, self.L, self.B, self.Q = len(prompts), max(prompts), len(places), max(counts)
+        self.N = max(n + k for n, k in zip(lengths, counts, strict=True))
+        self.even = len(set(lengths)) == 1
+        suffix.require(self.B, -(-self.N // BLOCK) * BLOCK)
+        self.row_T = torch.arange(self.B, device=device).repeat_interleave(torch.tensor(counts, device=device))
+        self.query_T = torch.tensor([q for k in counts for q in range(k)], device=device)
+        self.at_T = self.length_B[self.row_T] + self.query_T
+        self.position_T = (self.prompt_P[self.place_B] + self.length_B)[self.row_T] + self.query_T
+        # The rows of each place side by side, as many as the fullest place has; where one has fewer, row 0 fills up.
+        members: list[list[int]] = [[] for _ in prompts]
+        ranks = []
+        for row, place in enumerate(places):
+            ranks.append(len(members[place]))
+            members[place].append(row)
+        self.G = max(map(len, members))
+        self.rank_B = torch.tensor(ranks, device=device)
+        self.row_PG = torch.tensor([rows + [0] * (self.G - len(rows)) for rows in members], device=device)
+        self._masks: dict[tuple[int | None, int], tuple[Tensor | None, Tensor | None]] = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
-        """query [1, H, B, d]; key, value [1, Hkv, B, d]."""
-        scale, window, softcap, sinks = scoring
-        grid, p_B, g_B = self.grid, self.p_B, self.g_B
-        P, G, (_, H, _, d), Hkv = grid.P, grid.G, query.shape, key.shape[1]
-        r = H // Hkv
-        longest = int(grid.length_PG.max())
-        keys, values = grid.suffix[layer]
-        if keys.shape[3] < longest:
-            size = -(-longest // BLOCK) * BLOCK
-            keys, values = _grown(keys, 3, size), _grown(values, 3, size)
-            grid.suffix[layer] = (keys, values)
-        keys[p_B, g_B, :, self.at_B] = key[0].transpose(0, 1)
-        values[p_B, g_B, :, self.at_B] = value[0].transpose(0, 1)
-        keys, values = keys[:, :, :, :longest], values[:, :, :, :longest]
+        """query [1, H, T, d]; key, value [1, Hkv, T, d]; returns [1, H, T, d]."""
+        P, G, B, Q, (H, _, d), Hkv = self.P, self.G, self.B, self.Q, query.shape[1:], key.shape[1]
+        keys, values = self.suffix.room(layer, key[0])
+        keys[self.row_T, :, self.at_T] = key[0].transpose(0, 1)
+        values[self.row_T, :, self.at_T] = value[0].transpose(0, 1)
+        before_k, before_v = self.prefix.layers[layer]
+        far_mask, near_mask = self._mask(scoring.window, H // Hkv)
 
-        q = query.new_zeros(P, G, Hkv, r, d)
-        q[p_B, g_B] = query[0].transpose(0, 1).reshape(-1, Hkv, r, d)
-        before_k, before_v = grid.prefix[layer]
-        L = before_k.shape[2]
-        q_prefix = q.transpose(1, 2).reshape(P, Hkv, G * r, d)
-        far = (q_prefix @ before_k.transpose(-1, -2)).view(P, Hkv, G, r, L).transpose(1, 2)
-        near = q @ keys.transpose(-1, -2)
-        scores = torch.cat([far, near], -1) * scale  # [P, G, Hkv, r, L + longest]
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        scores = scores.masked_fill(self._mask(window, L, longest)[:, :, None, None], float("-inf"))
-        # [P * G, H, 1, keys] is the shape that sinks (one a head) are written for.
-        weights = soften(scores.reshape(P * G, H, 1, -1), sinks).view_as(scores)
-        far, near = weights[..., :L], weights[..., L:]
-        out = (far.transpose(1, 2).reshape(P, Hkv, G * r, L) @ before_v).view(P, Hkv, G, r, d).transpose(1, 2)
-        out = out + near @ values
-        return out[p_B, g_B].reshape(-1, H, d).transpose(0, 1)[None]
+        q = (query[0] * scoring.scale).transpose(0, 1)  # [T, H, d]
+        if Q > 1:
+            padded = q.new_zeros(B, Q, H, d)
+            padded[self.row_T, self.query_T] = q
+            q = padded
+        q = q.reshape(B, Q, Hkv, -1, d).transpose(1, 2).reshape(B, Hkv, -1, d)  # [B, Hkv, Q * r, d]
+        near = _part(q, keys[:B, :, : self.N], values[:B, :, : self.N], near_mask, scoring.softcap)
+        q = q[self.row_PG].transpose(1, 2).reshape(P, Hkv, -1, d)  # [P, Hkv, G * Q * r, d]
+        far = _part(q, before_k[:P, :, : self.L], before_v[:P, :, : self.L], far_mask, scoring.softcap)
+        far = Part(*(x.view(P, Hkv, G, -1, x.shape[-1])[self.place_B, :, self.rank_B] for x in far))
+        out = _join(far, near, scoring.sinks)  # [B, Hkv, Q * r, d]
+        out = out.view(B, Hkv, Q, -1, d).transpose(1, 2).reshape(B, Q, H, d)
+        out = out[self.row_T, self.query_T] if Q > 1 else out[:, 0]
+        return out.to(query.dtype).transpose(0, 1)[None]
 
-    def _mask(self, window: int | None, prefix: int, suffix: int) -> Tensor:
-        """[P, G, prefix + suffix], true at what a completion's newest token must not see."""
-        if window not in self._hidden:
-            grid = self.grid
-            newest_PG = grid.prompt_P[:, None] + grid.length_PG - 1
-            far_PL = torch.arange(prefix).expand(grid.P, -1)
-            near_PL = grid.prompt_P[:, None] + torch.arange(suffix)
-            position_PGL = torch.cat([far_PL, near_PL], 1)[:, None].expand(-1, grid.G, -1)
-            gone_PGL = torch.cat(
-                [
-                    (far_PL >= grid.prompt_P[:, None])[:, None].expand(-1, grid.G, -1),
-                    torch.arange(suffix) >= grid.length_PG[..., None],
-                ],
-                2,
-            )
-            if window is not None:
-                gone_PGL = gone_PGL | (newest_PG[..., None] - position_PGL >= window)
-            # A place nobody is in would be a softmax over nothing: let it see something, it is thrown away.
-            gone_PGL[..., 0] &= ~gone_PGL.all(-1)
-            self._hidden[window] = gone_PGL
-        return self._hidden[window]
+    def _mask(self, window: int | None, r: int) -> tuple[Tensor | None, Tensor | None]:
+        """What to add to the scores of the prompts and to those of the completions, -inf where a token must not
+        look: [P, 1, 1 or G * Q * r, L] and [B, 1, Q * r, N]; None where every token may look everywhere.
+        """
+        if (window, r) not in self._masks:
+            device = self.place_B.device
+            prompt_B = self.prompt_P[self.place_B]
+            at_BQ = self.length_B[:, None] + torch.arange(self.Q, device=device)
+            key_L, key_N = torch.arange(self.L, device=device), torch.arange(self.N, device=device)
+            far = near = None
+            if int(self.prompt_P.min()) < self.L:
+                far = (key_L >= self.prompt_P[:, None])[:, None]
+            if self.Q > 1 or not self.even:
+                near = key_N > at_BQ[..., None]
+            if window is not None and int((prompt_B + at_BQ[:, -1]).max()) >= window:
+                gone = ((prompt_B[:, None] + at_BQ)[..., None] - key_L >= window)[self.row_PG].flatten(1, 2)
+                far = (gone if far is None else gone | far).repeat_interleave(r, 1)
+                gone = at_BQ[..., None] - key_N >= window
+                near = gone if near is None else gone | near
+            near = None if near is None else near.repeat_interleave(r, 1)
+            self._masks[window, r] = (_bias(far), _bias(near))
+        return self._masks[window, r]
 
 
-def _grown(x: Tensor, dim: int, size: int) -> Tensor:
-    """`x` with at least `size` entries along `dim`, the new ones zero."""
-    if x.shape[dim] >= size:
-        return x
-    shape = list(x.shape)
-    shape[dim] = size - shape[dim]
-    return torch.cat([x, x.new_zeros(shape)], dim)
+class Part(NamedTuple):
+    """Attention to a part of the keys, with what it takes to join it to another part."""
+
+    out: Tensor
+    """[.., d]: the weighted sum of values, before its division by `mass`."""
+    top: Tensor
+    """[.., 1]: the largest score; `out` and `mass` are relative to its exponential."""
+    mass: Tensor
+    """[.., 1]: the sum of the exponentials."""
+
+
+def _bias(hidden: Tensor | None) -> Tensor | None:
+    if hidden is None:
+        return None
+    return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, float("-inf"))[:, None]
+
+
+def _part(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, softcap: float | None) -> Part:
+    """query [_, Hkv, queries, d]; keys and values [_, Hkv, K, d]; mask to be added to scores [_, Hkv, queries, K]."""
+    scores = query @ keys.transpose(-1, -2)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if softcap is not None:
+        scores = scores.div_(softcap).tanh_().mul_(softcap)
+    if mask is not None:
+        scores = scores.add_(mask)
+    # Where a window leaves no key in this part, the largest score is -inf, from which nothing can be subtracted.
+    top = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
+    weights = scores.sub_(top).exp_()
+    return Part(weights.to(values.dtype) @ values, top, weights.sum(-1, keepdim=True))
+
+
+def _join(a: Part, b: Part, sinks: Tensor | None) -> Tensor:
+    """[B, Hkv, Q * r, d]: attention to both parts under one softmax; sinks [H] take their share of it."""
+    top = torch.maximum(a.top, b.top)
+    if sinks is not None:
+        heads, queries = top.shape[1:3]
+        sink = (
+            sinks.to(top.dtype).view(heads, 1, -1).expand(-1, queries * heads // len(sinks), -1).reshape(heads, -1, 1)
+        )
+        top = torch.maximum(top, sink)
+    share_a, share_b = (a.top - top).exp_(), (b.top - top).exp_()
+    mass = a.mass * share_a + b.mass * share_b
+    if sinks is not None:
+        mass += (sink - top).exp_()
+    return (a.out * share_a + b.out * share_b) / mass

@@ -1,39 +1,41 @@
 """The local engine: one prefill for each distinct prompt, all completions decoded together.
 
-A completion that is finished leaves the batch at once; when all completions of a prompt are finished, the next
-waiting prompt takes its place.
+A completion that is finished leaves the batch at once, and waiting ones take the rows that are free: their prompts are
+computed when the first of their completions begins, and forgotten when the last one ends.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 import warnings
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from posttrain.forest.attention import NAME, Layout, attending, decoder, unsupported
 from posttrain.forest.logprobs import head
-from posttrain.forest.tree import Row, pack
+from posttrain.forest.tree import Row, pack, split
 from posttrain.models.cost import forward_flops_per_token
 from posttrain.models.policy import Policy
 from posttrain.recipe.schema import Sampling
-from posttrain.records import Example, Ledger, Rollout, UserError
+from posttrain.records import Example, Ledger, Rollout
 from posttrain.sampling.choose import choose, draws
-from posttrain.sampling.grid import Decode, Grid, Prefill
+from posttrain.sampling.grid import Cache, Decode, Prefill, survivors
+from posttrain.sampling.protocol import Renderer, completion_text, room
+from posttrain.sampling.speculate import Lookup
+from posttrain.sampling.stop import stopped
 
 ROWS = 128
 """Completions decoded together."""
-
-
-class Renderer(Protocol):
-    """The part of the chat renderer that sampling needs."""
-
-    def prompt_ids(self, example: Example) -> tuple[int, ...]: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
+REFILL = 8
+"""Waiting completions enter when one row in so many is free: a prefill for one short prompt costs a whole step."""
+PREFILL = 2048
+"""Tokens of one forward pass over prompts; a longer prompt has one to itself."""
 
 
 @dataclass
@@ -46,7 +48,20 @@ class _Writing:
     room: int
     ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
-    finish: str | None = None
+    finish: Literal["stop", "length"] | None = None
+    lookup: Lookup | None = None
+    """The text so far, where tokens are drafted."""
+
+
+@dataclass
+class _Work:
+    """What was computed, in tokens."""
+
+    prompt_tokens: int = 0
+    decoded_tokens: int = 0
+    """Tokens of completions that were put in to get the next one; drafted ones that were not right count too."""
+    logits: int = 0
+    """Tokens after which logits were computed."""
 
 
 class LocalSampler:
@@ -59,28 +74,21 @@ class LocalSampler:
     ) -> tuple[list[Rollout], Ledger]:
         began, weights = time.perf_counter(), self.policy.digest()
         ids = [self.renderer.prompt_ids(example) for example in prompts]
-        for example, prompt in zip(prompts, ids, strict=True):
-            if len(prompt) >= self.policy.context:
-                raise UserError(
-                    f"{example.id}: the prompt has {len(prompt)} tokens and the model's context {self.policy.context}: "
-                    "no room for an answer; shorten it, or drop it with data.max_length"
-                )
+        rooms = [
+            room(example, len(prompt), sampling.max_new_tokens, self.policy.context)
+            for example, prompt in zip(prompts, ids, strict=True)
+        ]
         writing = [
-            _Writing(
-                p,
-                k,
-                draws(seed, p, k, sampling.max_new_tokens),
-                min(sampling.max_new_tokens, self.policy.context - len(prompt)),
-            )
-            for p, prompt in enumerate(ids)
+            _Writing(p, k, draws(seed, p, k, sampling.max_new_tokens), rooms[p])
+            for p in range(len(ids))
             for k in range(n)
         ]
         why = unsupported(self.policy.model)
         if why is None:
-            computed = self._decode(ids, n, writing, sampling)
+            work = self._decode(ids, writing, sampling)
         else:
             warnings.warn(f"sampling recomputes the whole sequence for every token: {why}", stacklevel=2)
-            computed = self._decode_naively(ids, writing, sampling)
+            work = self._decode_naively(ids, writing, sampling)
         rollouts = [
             Rollout(
                 prompts[w.prompt],
@@ -88,69 +96,104 @@ class LocalSampler:
                 ids[w.prompt],
                 tuple(w.ids),
                 tuple(w.logps),
-                self._text(w.ids, sampling.stop),
-                "stop" if w.finish == "stop" else "length",
+                completion_text(self.renderer.decode(w.ids), sampling.stop),
+                w.finish or "length",
                 weights,
             )
             for w in writing
         ]
-        generated = sum(len(w.ids) for w in writing)
+        computed = work.prompt_tokens + work.decoded_tokens
         ledger = Ledger(
-            prompt_tokens=computed,
-            cached_tokens=sum(len(prompt) * n for prompt in ids) - computed,
-            generated_tokens=generated,
-            flops=(computed + generated)
+            prompt_tokens=work.prompt_tokens,
+            cached_tokens=max(0, sum(len(prompt) * n for prompt in ids) - work.prompt_tokens),
+            generated_tokens=sum(len(w.ids) for w in writing),
+            flops=computed
             * forward_flops_per_token(
                 self.policy.model.config,
                 context=max(len(ids[w.prompt]) + len(w.ids) for w in writing),
-                targets=generated / (computed + generated),
+                targets=work.logits / computed,
             ),
             seconds=time.perf_counter() - began,
         )
         return rollouts, ledger
 
-    def _decode(self, ids: list[tuple[int, ...]], n: int, writing: list[_Writing], sampling: Sampling) -> int:
-        """Fill `writing`; returns how many prompt tokens were computed. `writing` holds n entries a prompt."""
-        places = max(1, min(len(ids), self.rows // n))
-        grid = Grid(places, n)
-        waiting = list(range(len(ids)))
-        free = list(range(places))
-        place_of: dict[int, int] = {}
+    def _decode(self, ids: list[tuple[int, ...]], writing: list[_Writing], sampling: Sampling) -> _Work:
+        """Fill `writing`. Row i of the batch is `live[i]` and sequence i of `suffix`; sequence p of `prefix` is the
+        prompt `places[p]`.
+        """
+        # Prompts of like length together waste least room; the longest first, so that the room need not grow.
+        waiting = deque(sorted(writing, key=lambda w: (-len(ids[w.prompt]), w.prompt, w.index)))
+        prefix, suffix, work = Cache(), Cache(), _Work()
+        places: list[int] = []
         live: list[_Writing] = []
-        computed = 0
+        first: dict[int, Tensor] = {}  # [V] logits after a prompt that still has waiting completions
         while waiting or live:
-            if free and waiting and (not live or len(free) * 4 >= places):
-                entering = [waiting.pop(0) for _ in range(min(len(free), len(waiting)))]
-                taken = [free.pop(0) for _ in entering]
-                place_of |= dict(zip(entering, taken, strict=True))
-                logits_EV, tokens = self._prefill(grid, taken, [ids[p] for p in entering])
-                computed += tokens
-                new = [w for p in entering for w in writing[p * n : (p + 1) * n]]
-                live += self._write(new, logits_EV.repeat_interleave(n, 0), sampling)
+            free = self.rows - len(live)
+            if waiting and (not live or free * REFILL >= self.rows):
+                entering = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+                new = sorted({w.prompt for w in entering} - first.keys())
+                first |= self._prefill(prefix, len(places), [ids[p] for p in new], new, work)
+                places += new
+                if sampling.speculate:
+                    for w in entering:
+                        w.lookup = Lookup(ids[w.prompt])
+                live += entering
+                self._write(entering, [[]] * len(entering), torch.stack([first[w.prompt] for w in entering]), sampling)
+                first = {p: logits for p, logits in first.items() if waiting and waiting[0].prompt == p}
             else:
-                p_B = torch.tensor([place_of[w.prompt] for w in live])
-                g_B = torch.tensor([w.index for w in live])
-                layout = Decode(grid, p_B, g_B)
-                last = torch.tensor([w.ids[-1] for w in live])
-                live = self._write(live, self._logits(last, layout.position_B, layout), sampling)
-            busy = {w.prompt for w in live}
-            for p in [p for p in place_of if p not in busy]:
-                free.append(place_of.pop(p))
-        return computed
+                drafts = [self._draft(w, sampling.speculate) for w in live]
+                place_of = {p: i for i, p in enumerate(places)}
+                layout = Decode(
+                    prefix,
+                    suffix,
+                    prompts=[len(ids[p]) for p in places],
+                    places=[place_of[w.prompt] for w in live],
+                    lengths=[len(w.ids) - 1 for w in live],
+                    counts=[1 + len(draft) for draft in drafts],
+                    device=self.device,
+                )
+                fed_T = [token for w, draft in zip(live, drafts, strict=True) for token in (w.ids[-1], *draft)]
+                logits_TV = self._logits(torch.tensor(fed_T, device=self.device), layout.position_T, layout)
+                self._write(live, drafts, logits_TV, sampling)
+                work.decoded_tokens += len(fed_T)
+                work.logits += len(fed_T)
+            order = survivors([w.finish is None for w in live])
+            suffix.keep(order)
+            live = [live[i] for i in order]
+            needed = {w.prompt for w in live} | first.keys()
+            order = survivors([p in needed for p in places])
+            prefix.keep(order)
+            places = [places[i] for i in order]
+        return work
 
-    def _prefill(self, grid: Grid, places: list[int], ids: list[tuple[int, ...]]) -> tuple[Tensor, int]:
-        """Logits after each prompt [E, V], and how many tokens that took (fewer than there are: they share)."""
-        forest = pack([Row(prompt, (), ()) for prompt in ids])
-        segment_at = {s.start: i for i, s in enumerate(forest.segments)}
-        paths = []
-        for start, _ in forest.spans:
-            spans = [(forest.segments[i].start, forest.segments[i].stop) for i in forest.path(segment_at[start])]
-            paths.append(torch.cat([torch.arange(a, b) for a, b in spans]))
-        layout = Prefill(forest)
-        ends = torch.tensor([stop - 1 for _, stop in forest.spans])
-        logits_EV = self._logits(forest.ids_T, forest.position_T, layout, ends)
-        grid.enter(places, paths, layout)
-        return logits_EV, len(forest)
+    def _prefill(
+        self, prefix: Cache, at: int, ids: list[tuple[int, ...]], names: list[int], work: _Work
+    ) -> dict[int, Tensor]:
+        """Compute prompts and put them into `prefix` at `at` and after; returns the logits [V] that follow each."""
+        rows = [Row(prompt, (), ()) for prompt in ids]
+        prefix.require(at + len(ids), max(map(len, ids), default=0))
+        after: dict[int, Tensor] = {}
+        for members in split(rows, [(i,) for i in range(len(rows))], PREFILL):
+            forest = pack([rows[i] for i in members]).to(self.device)
+            segment_at = {s.start: i for i, s in enumerate(forest.segments)}
+            layout = Prefill(forest)
+            ends = torch.tensor([stop - 1 for _, stop in forest.spans], device=self.device)
+            logits_EV = self._logits(forest.ids_T, forest.position_T, layout, ends)
+            for i, (start, _), logits in zip(members, forest.spans, logits_EV, strict=True):
+                path = [forest.segments[s] for s in forest.path(segment_at[start])]
+                prefix.enter(at + i, [(s.start, s.stop) for s in path], layout.kept)
+                after[names[i]] = logits
+            work.prompt_tokens += len(forest)
+            work.logits += len(members)
+        return after
+
+    def _draft(self, w: _Writing, limit: int) -> list[int]:
+        """Not more than there is room for after the token that is sure to come."""
+        return w.lookup.draft(min(limit, w.room - len(w.ids) - 1)) if w.lookup else []
+
+    @property
+    def device(self) -> torch.device:
+        return decoder(self.policy.model).device
 
     def _logits(self, ids_T: Tensor, position_T: Tensor, layout: Layout, at: Tensor | None = None) -> Tensor:
         model = self.policy.model
@@ -162,36 +205,40 @@ class LocalSampler:
             )
         return head(model, hidden_TD if at is None else hidden_TD[at])
 
-    def _write(self, rows: list[_Writing], logits_BV: Tensor, sampling: Sampling) -> list[_Writing]:
-        """Add one token to each completion; returns those that go on."""
-        uniform_B = torch.stack([w.uniform[len(w.ids)] for w in rows])
-        ids_B, logps_B = choose(logits_BV, uniform_B, sampling)
-        for w, token, logp in zip(rows, ids_B.tolist(), logps_B.tolist(), strict=True):
-            w.ids.append(token)
-            w.logps.append(logp)
-            if token in self.policy.eos_ids or (sampling.stop and self._stopped(w.ids, sampling.stop)):
-                w.finish = "stop"
-            elif len(w.ids) >= w.room:
-                w.finish = "length"
-        return [w for w in rows if w.finish is None]
+    def _write(self, rows: list[_Writing], drafts: list[list[int]], logits_TV: Tensor, sampling: Sampling) -> None:
+        """Add one token to each completion, and one more for each draft that turned out right.
 
-    def _stopped(self, ids: list[int], stops: Sequence[str]) -> bool:
-        # A stop string of c characters ends within the last c tokens, and one more may hold its beginning.
-        tail = self.renderer.decode(ids[-(max(map(len, stops)) + 1) :])
-        return any(stop in tail for stop in stops)
+        `logits_TV` holds, row after row, those after the newest token and those after each drafted one.
+        """
+        uniform_T = torch.cat(
+            [w.uniform[len(w.ids) : len(w.ids) + 1 + len(draft)] for w, draft in zip(rows, drafts, strict=True)]
+        )
+        ids_T, logps_T = choose(logits_TV, uniform_T.to(logits_TV.device), sampling)
+        drawn = zip(ids_T.tolist(), logps_T.tolist(), strict=True)
+        for w, draft in zip(rows, drafts, strict=True):
+            mine = list(itertools.islice(drawn, 1 + len(draft)))
+            for (token, logp), guess in itertools.zip_longest(mine, draft):
+                w.ids.append(token)
+                w.logps.append(logp)
+                if w.lookup:
+                    w.lookup.extend([token])
+                if token in self.policy.eos_ids or (
+                    sampling.stop and stopped(self.renderer.decode, w.ids, sampling.stop)
+                ):
+                    w.finish = "stop"
+                elif len(w.ids) >= w.room:
+                    w.finish = "length"
+                if w.finish or token != guess:
+                    break
 
-    def _text(self, ids: list[int], stops: Sequence[str]) -> str:
-        text = self.renderer.decode(ids)
-        cuts = [at for stop in stops if (at := text.find(stop)) >= 0]
-        return text[: min(cuts)] if cuts else text
-
-    def _decode_naively(self, ids: list[tuple[int, ...]], writing: list[_Writing], sampling: Sampling) -> int:
+    def _decode_naively(self, ids: list[tuple[int, ...]], writing: list[_Writing], sampling: Sampling) -> _Work:
         """One sequence and one full forward pass at a time: for models that cannot branch, and as the oracle."""
-        model = decoder(self.policy.model)
-        computed = 0
+        model, work = decoder(self.policy.model), _Work()
         for w in writing:
             while w.finish is None:
-                sequence = torch.tensor([[*ids[w.prompt], *w.ids]])
-                computed += sequence.shape[1] - len(w.ids)
-                self._write([w], model(input_ids=sequence, use_cache=False).logits[0, -1:], sampling)
-        return computed
+                sequence = torch.tensor([[*ids[w.prompt], *w.ids]], device=self.device)
+                work.prompt_tokens += len(ids[w.prompt])
+                work.decoded_tokens += len(w.ids)
+                work.logits += sequence.shape[1]
+                self._write([w], [[]], model(input_ids=sequence, use_cache=False).logits[0, -1:], sampling)
+        return work
