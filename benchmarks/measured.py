@@ -13,10 +13,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+Row = dict[str, Any]
+
 
 def row(
     what: str, unit: str, values: Sequence[float], at_least: float | None = None, at_most: float | None = None
-) -> dict[str, Any]:
+) -> Row:
     """The median of repeated measurements, the lowest and the highest of them, and whether the goal is met, if any."""
     value = round(statistics.median(values), 3)
     goals = {name: goal for name, goal in (("at_least", at_least), ("at_most", at_most)) if goal is not None}
@@ -33,7 +35,7 @@ def row(
     }
 
 
-def show(rows: Sequence[dict[str, Any]]) -> None:
+def show(rows: Sequence[Row]) -> None:
     width = max(len(r["what"]) for r in rows)
     for r in rows:
         low, high = r["spread"]
@@ -42,7 +44,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         print(f"{r['what']:{width}}  {r['value']:10.2f} {r['unit']:8}  ({low:.2f} to {high:.2f}){goal}")
 
 
-def keep(path: Path, rows: list[dict[str, Any]]) -> None:
+def keep(path: Path, rows: list[Row]) -> None:
     """Put `rows` into the file in place of those of the same names; the others stay."""
     before = json.loads(path.read_text()) if path.exists() else []
     names = {r["what"] for r in rows}

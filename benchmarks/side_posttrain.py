@@ -1,68 +1,113 @@
-"""Our side of `train.py`, one process a run."""
+"""Our side of `train.py`."""
 
 from __future__ import annotations
 
-import itertools
-import sys
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from workload import BETA, Moment, Workload, now, side
+from workload import BETA, Turn, Workload, code, now, side
 
-from posttrain.data.chat import Renderer
+from posttrain.data.chat import Rendered, Renderer
 from posttrain.data.prepare import Prepared, prepare
+from posttrain.machine import tune
 from posttrain.models.policy import Policy, load
-from posttrain.recipe.schema import Data, Dpo, Optim, Sft, Source
+from posttrain.models.reward import reward_model
+from posttrain.recipe.schema import Data, Dpo, Grpo, Optim, RewardModel, Sampling, Sft, Source
+from posttrain.records import Example, Ledger, Rollout, Score
+from posttrain.sampling.local import LocalSampler
+from posttrain.training.batch import Method
 from posttrain.training.dpo import DpoMethod, pairs_from_data
-from posttrain.training.loop import peak_memory, train
+from posttrain.training.grpo import GrpoMethod
+from posttrain.training.loop import train
+from posttrain.training.reward import RewardMethod, ends
 from posttrain.training.sft import SftMethod
 
+ANSWERS = {"dpo": "chosen_logp", "reward": "chosen_reward"}
+"""A metric that a step of the right loss on the wrong rows would not reproduce."""
 
-def run(work: Workload, folder: Path) -> dict[str, Any]:
-    policy = load(str(folder.parent / "adapter"))
-    stage = _stage(work, folder)
-    data = prepare(stage.data, Renderer(policy.tokenizer), need="completion" if work.kind == "sft" else "pair")
+
+def run(work: Workload, folder: Path, turn: Turn) -> None:
+    tune()
+    policy = load(str(folder.parent / ("adapter" if work.lora else "model")))
     began = now()
-    method = _method(policy, stage, data)
-    # Of DPO's reference values: one pass over the data pays for them once.
-    before = [(b - a) / (1 + work.steps) for a, b in zip(began, now(), strict=True)]
+    policy, method, stage, tokens = method_of(work, policy, folder)
+    # Of DPO's reference values: one pass over the data pays for them once, each step for its share.
+    before = (now().wall - began.wall) / work.steps
     # In the order of the file, as the other side reads it.
-    method.order = [(0, row) for row in range(len(data.rows[0]))]
-    ends: list[Moment] = []
-    metrics: list[dict[str, Any]] = []
+    method.order = [(0, row) for row in range(work.steps * work.batch)]  # type: ignore[attr-defined]
 
     def on_step(row: dict[str, Any]) -> None:
-        ends.append(now())
-        metrics.append(row)
+        answers = row[ANSWERS.get(work.kind, "loss")]
+        turn(
+            before=before,
+            loss=row["loss"],
+            norm=row["grad_norm"],
+            answers=answers,
+            tokens=tokens[row["step"]],
+            signal=row.get("signal", 1.0),
+        )
 
-    train(policy, method, stage, folder, 0, on_step)
-    answers = "chosen_logp" if work.kind == "dpo" else "loss"
-    return {
-        "seconds": [b.wall - a.wall + before[0] for a, b in itertools.pairwise(ends)],
-        "cpu_seconds": [b.cpu - a.cpu + before[1] for a, b in itertools.pairwise(ends)],
-        "tokens": [sum(map(len, method.batch(step).rows)) for step in range(1 + work.steps)],
-        "loss": [row["loss"] for row in metrics],
-        "answers": [row[answers] for row in metrics],
-        "memory": peak_memory(),
-    }
+    train(policy, method, stage, folder / "posttrain", 0, on_step)
 
 
-def _stage(work: Workload, folder: Path) -> Sft | Dpo:
+def method_of(work: Workload, policy: Policy, folder: Path) -> tuple[Policy, Method, Any, list[int]]:
+    """Also the tokens of each step, every sequence counted whole; of GRPO's those that are sampled."""
     common: dict[str, Any] = {
         "id": work.kind,
         "data": Data(sources=(Source(source=str(folder / "rows.jsonl")),)),
-        "steps": 1 + work.steps,
+        "steps": work.steps,
         "batch_size": work.batch,
         "optim": Optim(lr=work.lr, schedule="constant", warmup=0.0),
+        "checkpoint_every": 2 * work.steps,
+        "check_first_step": False,
     }
-    return Sft(kind="sft", **common) if work.kind == "sft" else Dpo(kind="dpo", beta=BETA, **common)
+    renderer = Renderer(policy.tokenizer)
+    if work.kind == "grpo":
+        lines = (folder / "rows.jsonl").read_text().splitlines()
+        asked = [Example(str(i), ({"role": "user", "content": json.loads(x)["prompt"]},)) for i, x in enumerate(lines)]
+        data = Prepared((tuple(Rendered(e, renderer.prompt_ids(e)) for e in asked),), (1.0,), {})
+        grpo = Grpo(kind="grpo", n=work.group, sampling=Sampling(max_new_tokens=work.new_tokens), **common)
+        vars(policy)["eos_ids"] = frozenset()  # nothing ends a completion before its last token
+        method = GrpoMethod(grpo, data, policy, _kept(LocalSampler(policy, renderer), folder), _score, 0)
+        return policy, method, grpo, [work.batch * work.group * work.new_tokens] * work.steps
+    data = prepare(common["data"], renderer, need="completion" if work.kind == "sft" else "pair")
+    if work.kind == "sft":
+        sft = Sft(kind="sft", **common)
+        return policy, SftMethod(sft, data, 0), sft, _tokens(work, data)
+    if work.kind == "reward":
+        model = RewardModel(kind="reward_model", holdout=0.0, **common)
+        return reward_model(policy, ends(data), 0), RewardMethod(model, data, 0), model, _tokens(work, data)
+    dpo = Dpo(kind="dpo", beta=BETA, **common)
+    return policy, DpoMethod(dpo, data, 0, pairs_from_data(policy, dpo, data, 0)), dpo, _tokens(work, data)
 
 
-def _method(policy: Policy, stage: Sft | Dpo, data: Prepared) -> SftMethod | DpoMethod:
-    if isinstance(stage, Sft):
-        return SftMethod(stage, data, 0)
-    return DpoMethod(stage, data, 0, pairs_from_data(policy, stage, data, 0))
+def _tokens(work: Workload, data: Prepared) -> list[int]:
+    def both(row: Rendered) -> int:
+        sides = [ids for ids in (row.completion_ids, row.rejected_ids) if ids]
+        return sum(len(row.prompt_ids) + len(ids) for ids in sides)
+
+    lengths = [both(row) for row in data.rows[0]]
+    return [sum(lengths[at : at + work.batch]) for at in range(0, len(lengths), work.batch)]
+
+
+def _kept(sampler: LocalSampler, folder: Path) -> Any:
+    """The sampler; what it writes first is kept, for the other side to begin with the same."""
+
+    def sample(prompts: Sequence[Example], n: int, sampling: Sampling, seed: int) -> tuple[list[Rollout], Ledger]:
+        rollouts, ledger = sampler(prompts, n, sampling, seed)
+        path = folder / "completions.json"
+        if not path.exists():
+            path.write_text(json.dumps([rollout.ids for rollout in rollouts]))
+        return rollouts, ledger
+
+    return sample
+
+
+def _score(example: Example, text: str) -> Score:
+    return Score(code(text), "correct")
 
 
 if __name__ == "__main__":
-    side(run, sys.argv[1:])
+    side(run)

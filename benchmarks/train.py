@@ -1,105 +1,158 @@
-"""LoRA fine-tuning and DPO, posttrain against TRL: the same model, rows, batches, first weights and losses.
+"""Training, posttrain against TRL: the same model, rows, batches, first weights and losses.
 
-    python benchmarks/train.py [--only sft|dpo] [--runs 3] [--out docs/measured/engine.json]
+    python benchmarks/train.py [--only NAME] [--runs 5] [--out docs/measured/engine.json]
 
-The two sides run in turn, each run in a process of its own, and ratios are taken within each pair of runs. Both
-train in float32, without gradient checkpointing, TRL otherwise with its defaults. Every step's loss must agree.
+The two sides take turns, step by step, each in a process of its own; ratios are taken within each pair of steps, and
+a first step of each is not counted. Both train in float32, without gradient checkpointing, TRL otherwise with its
+defaults. Losses must agree in every step and the gradient's norm in the first one. GRPO samples as it goes, so there
+only the first step can be compared: TRL takes it on our completions.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import peers
-from measured import keep, row, show
-from workload import ALPHA, MODEL, RANK, WORKLOADS, Workload, write
+from measured import Row, keep, row, show
+from turns import Found, take_turns
+from workload import ALPHA, MODEL, RANK, Workload, write
 
 from posttrain.models.policy import load
+from posttrain.models.reward import reward_model
 from posttrain.models.source import resolve
 from posttrain.recipe.schema import Lora
 
 HERE = Path(__file__).resolve().parent
 TOLERANCE = 1e-3
-"""Relative, between the losses (DPO: also the summed log-probabilities of the chosen answers) of the two sides."""
+"""Relative, between the losses and the like of the two sides."""
+
+
+class Goal(NamedTuple):
+    speed: float
+    """Times TRL's."""
+    memory: float | None
+    """Share of TRL's peak."""
+    unit: str
+    """What is counted a second; s: a step is what is measured."""
+
+
+LONG = {"prompt_words": (160, 240), "completion_words": (40, 60)}
+"""Prompts of four times the completion."""
+WORKLOADS = {
+    Workload("sft", "sft", batch=8, lr=2e-4): Goal(3.0, 0.5, "tokens/s"),
+    Workload("sft-full", "sft", batch=8, lr=2e-5, lora=False): Goal(2.75, 0.5, "tokens/s"),
+    Workload("dpo", "dpo", batch=4, lr=5e-5): Goal(4.0, 0.5, "pairs/s"),
+    Workload("dpo-long", "dpo", batch=2, lr=5e-5, **LONG): Goal(5.0, 0.5, "pairs/s"),  # type: ignore[arg-type]
+    Workload("grpo", "grpo", batch=2, lr=1e-5, group=8): Goal(4.0, 1 / 3, "s"),
+    Workload("grpo-16", "grpo", batch=2, lr=1e-5, group=16): Goal(6.0, 1 / 3, "s"),
+    Workload("reward", "reward", batch=4, lr=1e-4): Goal(2.0, None, "pairs/s"),
+}
+TITLES = {
+    "sft": "SFT, LoRA",
+    "sft-full": "SFT, all weights",
+    "dpo": "DPO",
+    "dpo-long": "DPO, prompt of 4 completions",
+    "grpo": "GRPO, 8 a prompt",
+    "grpo-16": "GRPO, 16 a prompt",
+    "reward": "reward model",
+}
+ALSO_ONEDNN = {"sft"}
+"""Where TRL is also run with the float32 products that posttrain takes."""
+QUICK = {"batch": 2, "prompt_words": (8, 12), "completion_words": (3, 6), "new_tokens": 8}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=WORKLOADS)
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--only", choices=[work.name for work in WORKLOADS])
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--quick", action="store_true", help="tiny batches, once: does it run?")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    pythons = {"posttrain": sys.executable, "trl": str(peers.python())}
-    rows = []
+    python = str(peers.python())
     with tempfile.TemporaryDirectory() as shared:
-        Path(shared, "model").symlink_to(resolve(MODEL))
-        load(MODEL, adapter=Lora(r=RANK, alpha=ALPHA)).save(Path(shared, "adapter"))
-        for work in WORKLOADS.values():
-            if args.only in (None, work.kind):
-                runs = [
-                    {name: _run(name, python, work, Path(shared)) for name, python in pythons.items()}
-                    for _ in range(args.runs)
-                ]
-                rows += _compared(work, runs)
-    show(rows)
-    if args.out:
-        keep(args.out, rows)
+        Path(shared, "model").symlink_to(resolve(args.model))
+        policy = load(args.model, adapter=Lora(r=RANK, alpha=ALPHA))
+        policy.save(Path(shared, "adapter"))
+        reward_model(policy, policy.eos_ids, 0).save(Path(shared, "classifier"))
+        for work, goal in WORKLOADS.items():
+            if args.only not in (None, work.name):
+                continue
+            work = work._replace(steps=1 + (1 if args.quick else args.runs), **(QUICK if args.quick else {}))
+            folder = Path(shared, work.name)
+            folder.mkdir()
+            write(folder, work)
+            commands = {
+                "posttrain": [sys.executable, str(HERE / "side_posttrain.py"), str(folder)],
+                "trl": [python, str(HERE / "side_trl.py"), str(folder)],
+            }
+            if work.name in ALSO_ONEDNN:
+                commands["trl-onednn"] = [*commands["trl"], "onednn"]
+            steps = take_turns(commands, work.steps, folder)
+            check(work, steps)
+            rows = compared(work, goal, steps)
+            show(rows)
+            if args.out:
+                keep(args.out, rows)
 
 
-def _run(name: str, python: str, work: Workload, shared: Path) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(dir=shared) as folder:
-        write(Path(folder, "rows.jsonl"), work)
-        done = subprocess.run(
-            [python, str(HERE / f"side_{name}.py"), work.kind, folder], capture_output=True, text=True
-        )
-        if done.returncode:
-            sys.exit(f"{name} failed on {work.kind}:\n{done.stderr}")
-        found = json.loads(Path(folder, "found.json").read_text())
-    print(
-        f"{work.kind} {name}: losses {', '.join(f'{x:.4f}' for x in found['loss'])}; tokens a step "
-        f"{', '.join(map(str, found['tokens']))}; {_speed(found):.0f} tokens/s, {_cpu(found):.1f} processor seconds, "
-        f"{found['memory'] / 1e9:.1f} GB",
-        file=sys.stderr,
-    )
-    return found
-
-
-def _compared(work: Workload, runs: list[dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
-    for run in runs:
-        ours, theirs = run["posttrain"], run["trl"]
+def check(work: Workload, steps: list[dict[str, Found]]) -> None:
+    """Refuse to compare what does not compute the same."""
+    for number, step in enumerate(steps):
+        ours, theirs = step["posttrain"], step["trl"]
         if ours["tokens"] != theirs["tokens"]:
-            sys.exit(f"{work.kind}: the sides count different tokens: {ours['tokens']} and {theirs['tokens']}")
-        for key in ("loss", "answers"):
-            for a, b in zip(ours[key], theirs[key], strict=True):
-                if abs(a - b) > TOLERANCE * max(1, abs(b)):
-                    sys.exit(f"{work.kind}: the sides compute different things: {key} {ours[key]} and {theirs[key]}")
-    name = work.kind.upper()
-    pairs = [(run["posttrain"], run["trl"]) for run in runs]
-    return [
-        row(f"{name}: speed against TRL's", "times", [_speed(a) / _speed(b) for a, b in pairs], at_least=work.at_least),
-        row(f"{name}: processor time against TRL's", "share", [_cpu(a) / _cpu(b) for a, b in pairs]),
-        row(f"{name}: peak memory against TRL's", "share", [a["memory"] / b["memory"] for a, b in pairs], at_most=0.5),
-        row(f"{name}: posttrain, speed", "tokens/s", [_speed(a) for a, _ in pairs]),
-        row(f"{name}: TRL, speed", "tokens/s", [_speed(b) for _, b in pairs]),
-        row(f"{name}: posttrain, peak memory", "GB", [a["memory"] / 1e9 for a, _ in pairs]),
-        row(f"{name}: TRL, peak memory", "GB", [b["memory"] / 1e9 for _, b in pairs]),
+            sys.exit(f"{work.name}: the sides count different tokens: {ours['tokens']} and {theirs['tokens']}")
+        if ours["signal"] != 1.0:
+            sys.exit(f"{work.name}: a group had no signal and was not computed; the comparison would flatter us")
+        # TRL logs the reward model's loss and no reward; GRPO's loss is 0 at first, and then of other completions.
+        keys = {"sft": ("loss",), "dpo": ("loss", "answers"), "reward": ("loss",), "grpo": ()}[work.kind]
+        for key in (*keys, *(("norm",) if number == 0 else ())):
+            if abs(ours[key] - theirs[key]) > TOLERANCE * max(1, abs(theirs[key])):
+                sys.exit(
+                    f"{work.name}: the sides compute different things: in step {number} {key} is {ours[key]} here "
+                    f"and {theirs[key]} there"
+                )
+
+
+def compared(work: Workload, goal: Goal, steps: list[dict[str, Found]]) -> list[Row]:
+    title = TITLES[work.name]
+    timed = [{name: _spent(found) for name, found in step.items()} for step in steps[1:]]
+    last = steps[-1]  # peaks only grow
+
+    def rate(name: str) -> list[float]:
+        if goal.unit == "s":
+            return [step[name] for step in timed]
+        counts = [step[name]["tokens"] if goal.unit == "tokens/s" else work.batch for step in steps[1:]]
+        return [count / step[name] for count, step in zip(counts, timed, strict=True)]
+
+    def memory(name: str) -> float:
+        return last[name]["memory"] / 1e9
+
+    def times(name: str) -> list[float]:
+        return [step[name] / step["posttrain"] for step in timed]
+
+    cpu = [step["posttrain"]["cpu_seconds"] / step["trl"]["cpu_seconds"] for step in steps[1:]]
+    what = "a step" if goal.unit == "s" else "speed"
+    rows = [
+        row(f"{title}: speed against TRL's", "times", times("trl"), at_least=goal.speed),
+        row(f"{title}: peak memory against TRL's", "share", [memory("posttrain") / memory("trl")], at_most=goal.memory),
+        row(f"{title}: processor time against TRL's", "share", cpu),
+        row(f"{title}: posttrain, {what}", goal.unit, rate("posttrain")),
+        row(f"{title}: TRL, {what}", goal.unit, rate("trl")),
+        row(f"{title}: posttrain, peak memory", "GB", [memory("posttrain")]),
+        row(f"{title}: TRL, peak memory", "GB", [memory("trl")]),
     ]
+    if "trl-onednn" in last:
+        rows.insert(1, row(f"{title}: speed against TRL's with our matrix products", "times", times("trl-onednn")))
+    return rows
 
 
-def _speed(found: dict[str, Any]) -> float:
-    """Tokens a second after the first step: of all sequences, each counted whole, padding not at all."""
-    return sum(found["tokens"][1:]) / sum(found["seconds"])
-
-
-def _cpu(found: dict[str, Any]) -> float:
-    """Processor seconds, which a busy machine disturbs less than it does the clock."""
-    return sum(found["cpu_seconds"])
+def _spent(found: dict[str, Any]) -> float:
+    return found["seconds"] + found.get("before", 0.0)
 
 
 if __name__ == "__main__":

