@@ -5,7 +5,8 @@ to a completion's own tokens are two batched products, joined by the two masses 
 (the merge of FlashAttention, 2205.14135, and of shared-prefix decoding, Hydragen, 2402.05099).
 
 Letters beside the common ones: B completions being written, each one row of the batch; P prompts with a place; Q
-tokens of a row in one step (more than one where tokens are drafted); L longest prompt; N longest completion so far;
+tokens of a row in one step (more than one where tokens are drafted); L and N tokens that there is room for
+in each prompt's place and in each row;
 Hkv key heads, each serving r of the H query heads, of d channels.
 """
 
@@ -21,7 +22,7 @@ from posttrain.forest.attention import Scoring, Tree
 from posttrain.forest.tree import Forest
 
 BLOCK = 32
-"""Room for completions grows by so many tokens at a time."""
+"""Room is made for so many tokens at a time."""
 
 
 class Prefill(Tree):
@@ -39,29 +40,31 @@ class Prefill(Tree):
 class Cache:
     """Keys and values of sequences side by side, for every layer: two [sequences, Hkv, tokens, d].
 
-    Sequences in use always stand first, so that a slice holds them all. How many there are, and how long each is,
-    its users know.
+    Sequences in use always stand first, so that a slice holds them all; how many there are, and how long each is, its
+    users know. Attention reads all of `tokens`, with a mask: products over contiguous keys are twice as fast.
     """
 
     def __init__(self) -> None:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
         self.sequences = self.tokens = 0
 
-    def require(self, sequences: int, tokens: int) -> None:
-        """Have room for so many, at the least, when a layer is next used."""
-        self.sequences, self.tokens = max(self.sequences, sequences), max(self.tokens, tokens)
+    def fit(self, sequences: int, tokens: int) -> None:
+        """Have room for so many when a layer is next used; give up tokens where twice as many are not needed."""
+        tokens = -(-tokens // BLOCK) * BLOCK
+        self.sequences = max(self.sequences, sequences)
+        if not self.tokens / 2 < tokens <= self.tokens:
+            self.tokens = tokens
 
     def room(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer's keys and values; what is new in them is zero. `like` is [Hkv, _, d]."""
-        kept = self.layers.get(layer)
+        """The layer's keys and values, zero where none were written; `like` is [Hkv, _, d]."""
         shape = (self.sequences, like.shape[0], self.tokens, like.shape[2])
-        if kept is None:
-            kept = self.layers[layer] = (like.new_zeros(shape), like.new_zeros(shape))
-        elif kept[0].shape != shape:
-            grown = (like.new_zeros(shape), like.new_zeros(shape))
-            for new, old in zip(grown, kept, strict=True):
-                new[: old.shape[0], :, : old.shape[2]] = old
-            kept = self.layers[layer] = grown
+        kept = self.layers.get(layer)
+        if kept is None or kept[0].shape != shape:
+            made = (like.new_zeros(shape), like.new_zeros(shape))
+            for new, old in zip(made, kept or (), strict=kept is not None):
+                shared = min(self.tokens, old.shape[2])
+                new[: old.shape[0], :, :shared] = old[:, :, :shared]
+            kept = self.layers[layer] = made
         return kept
 
     def keep(self, order: Sequence[int]) -> None:
@@ -116,10 +119,10 @@ class Decode:
         self.prompt_P = torch.tensor(prompts, device=device)
         self.place_B = torch.tensor(places, device=device)
         self.length_B = torch.tensor(lengths, device=device)
-        self.P, self.L, self.B, self.Q = len(prompts), max(prompts), len(places), max(counts)
-        self.N = max(n + k for n, k in zip(lengths, counts, strict=True))
-        self.even = len(set(lengths)) == 1
-        suffix.require(self.B, -(-self.N // BLOCK) * BLOCK)
+        self.P, self.B, self.Q = len(prompts), len(places), max(counts)
+        suffix.fit(self.B, max(n + k for n, k in zip(lengths, counts, strict=True)))
+        prefix.fit(self.P, max(prompts))
+        self.L, self.N = prefix.tokens, suffix.tokens
         self.row_T = torch.arange(self.B, device=device).repeat_interleave(torch.tensor(counts, device=device))
         self.query_T = torch.tensor([q for k in counts for q in range(k)], device=device)
         self.at_T = self.length_B[self.row_T] + self.query_T
@@ -133,7 +136,7 @@ class Decode:
         self.G = max(map(len, members))
         self.rank_B = torch.tensor(ranks, device=device)
         self.row_PG = torch.tensor([rows + [0] * (self.G - len(rows)) for rows in members], device=device)
-        self._masks: dict[tuple[int | None, int], tuple[Tensor | None, Tensor | None]] = {}
+        self._masks: dict[tuple[int | None, int], tuple[Tensor, Tensor]] = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """query [1, H, T, d]; key, value [1, Hkv, T, d]; returns [1, H, T, d]."""
@@ -141,7 +144,7 @@ class Decode:
         keys, values = self.suffix.room(layer, key[0])
         keys[self.row_T, :, self.at_T] = key[0].transpose(0, 1)
         values[self.row_T, :, self.at_T] = value[0].transpose(0, 1)
-        before_k, before_v = self.prefix.layers[layer]
+        before_k, before_v = self.prefix.room(layer, key[0])
         far_mask, near_mask = self._mask(scoring.window, H // Hkv)
 
         q = (query[0] * scoring.scale).transpose(0, 1)  # [T, H, d]
@@ -150,36 +153,31 @@ class Decode:
             padded[self.row_T, self.query_T] = q
             q = padded
         q = q.reshape(B, Q, Hkv, -1, d).transpose(1, 2).reshape(B, Hkv, -1, d)  # [B, Hkv, Q * r, d]
-        near = _part(q, keys[:B, :, : self.N], values[:B, :, : self.N], near_mask, scoring.softcap)
+        near = _part(q, keys[:B], values[:B], near_mask, scoring.softcap)
         q = q[self.row_PG].transpose(1, 2).reshape(P, Hkv, -1, d)  # [P, Hkv, G * Q * r, d]
-        far = _part(q, before_k[:P, :, : self.L], before_v[:P, :, : self.L], far_mask, scoring.softcap)
+        far = _part(q, before_k[:P], before_v[:P], far_mask, scoring.softcap)
         far = Part(*(x.view(P, Hkv, G, -1, x.shape[-1])[self.place_B, :, self.rank_B] for x in far))
         out = _join(far, near, scoring.sinks)  # [B, Hkv, Q * r, d]
         out = out.view(B, Hkv, Q, -1, d).transpose(1, 2).reshape(B, Q, H, d)
         out = out[self.row_T, self.query_T] if Q > 1 else out[:, 0]
         return out.to(query.dtype).transpose(0, 1)[None]
 
-    def _mask(self, window: int | None, r: int) -> tuple[Tensor | None, Tensor | None]:
+    def _mask(self, window: int | None, r: int) -> tuple[Tensor, Tensor]:
         """What to add to the scores of the prompts and to those of the completions, -inf where a token must not
-        look: [P, 1, 1 or G * Q * r, L] and [B, 1, Q * r, N]; None where every token may look everywhere.
+        look: [P, 1, 1 or G * Q * r, L] and [B, 1, Q * r, N].
         """
         if (window, r) not in self._masks:
             device = self.place_B.device
-            prompt_B = self.prompt_P[self.place_B]
-            at_BQ = self.length_B[:, None] + torch.arange(self.Q, device=device)
             key_L, key_N = torch.arange(self.L, device=device), torch.arange(self.N, device=device)
-            far = near = None
-            if int(self.prompt_P.min()) < self.L:
-                far = (key_L >= self.prompt_P[:, None])[:, None]
-            if self.Q > 1 or not self.even:
-                near = key_N > at_BQ[..., None]
-            if window is not None and int((prompt_B + at_BQ[:, -1]).max()) >= window:
-                gone = ((prompt_B[:, None] + at_BQ)[..., None] - key_L >= window)[self.row_PG].flatten(1, 2)
-                far = (gone if far is None else gone | far).repeat_interleave(r, 1)
-                gone = at_BQ[..., None] - key_N >= window
-                near = gone if near is None else gone | near
-            near = None if near is None else near.repeat_interleave(r, 1)
-            self._masks[window, r] = (_bias(far), _bias(near))
+            at_BQ = self.length_B[:, None] + torch.arange(self.Q, device=device)
+            far, near = (key_L >= self.prompt_P[:, None])[:, None], key_N > at_BQ[..., None]
+            if window is not None:
+                near |= at_BQ[..., None] - key_N >= window
+                position_BQ = self.prompt_P[self.place_B][:, None] + at_BQ
+                if int(position_BQ.max()) >= window:
+                    gone = (position_BQ[..., None] - key_L >= window)[self.row_PG].flatten(1, 2)
+                    far = (gone | far).repeat_interleave(r, 1)
+            self._masks[window, r] = (_bias(far), _bias(near.repeat_interleave(r, 1)))
         return self._masks[window, r]
 
 
@@ -194,20 +192,17 @@ class Part(NamedTuple):
     """[.., 1]: the sum of the exponentials."""
 
 
-def _bias(hidden: Tensor | None) -> Tensor | None:
-    if hidden is None:
-        return None
+def _bias(hidden: Tensor) -> Tensor:
     return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, float("-inf"))[:, None]
 
 
-def _part(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, softcap: float | None) -> Part:
+def _part(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, softcap: float | None) -> Part:
     """query [_, Hkv, queries, d]; keys and values [_, Hkv, K, d]; mask to be added to scores [_, Hkv, queries, K]."""
     scores = query @ keys.transpose(-1, -2)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if softcap is not None:
         scores = scores.div_(softcap).tanh_().mul_(softcap)
-    if mask is not None:
-        scores = scores.add_(mask)
+    scores = scores.add_(mask)
     # Where a window leaves no key in this part, the largest score is -inf, from which nothing can be subtracted.
     top = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
     weights = scores.sub_(top).exp_()

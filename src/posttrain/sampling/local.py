@@ -70,8 +70,9 @@ class LocalSampler:
 
     @torch.no_grad()
     def __call__(
-        self, prompts: Sequence[Example], n: int, sampling: Sampling, seed: int
+        self, prompts: Sequence[Example], n: int, sampling: Sampling, seed: int, first: int = 0
     ) -> tuple[list[Rollout], Ledger]:
+        """`first` is the number of the first prompt, where these are a part of a larger call."""
         began, weights = time.perf_counter(), self.policy.digest()
         ids = [self.renderer.prompt_ids(example) for example in prompts]
         rooms = [
@@ -79,7 +80,7 @@ class LocalSampler:
             for example, prompt in zip(prompts, ids, strict=True)
         ]
         writing = [
-            _Writing(p, k, draws(seed, p, k, sampling.max_new_tokens), rooms[p])
+            _Writing(p, k, draws(seed, first + p, k, sampling.max_new_tokens), rooms[p])
             for p in range(len(ids))
             for k in range(n)
         ]
@@ -92,7 +93,7 @@ class LocalSampler:
         rollouts = [
             Rollout(
                 prompts[w.prompt],
-                w.prompt,
+                first + w.prompt,
                 ids[w.prompt],
                 tuple(w.ids),
                 tuple(w.logps),
@@ -132,7 +133,8 @@ class LocalSampler:
             if waiting and (not live or free * REFILL >= self.rows):
                 entering = [waiting.popleft() for _ in range(min(free, len(waiting)))]
                 new = sorted({w.prompt for w in entering} - first.keys())
-                first |= self._prefill(prefix, len(places), [ids[p] for p in new], new, work)
+                prefix.fit(len(places) + len(new), max(len(ids[p]) for p in (*places, *new)))
+                first |= zip(new, self._prefill(prefix, len(places), [ids[p] for p in new], work), strict=True)
                 places += new
                 if sampling.speculate:
                     for w in entering:
@@ -166,12 +168,9 @@ class LocalSampler:
             places = [places[i] for i in order]
         return work
 
-    def _prefill(
-        self, prefix: Cache, at: int, ids: list[tuple[int, ...]], names: list[int], work: _Work
-    ) -> dict[int, Tensor]:
+    def _prefill(self, prefix: Cache, at: int, ids: list[tuple[int, ...]], work: _Work) -> list[Tensor]:
         """Compute prompts and put them into `prefix` at `at` and after; returns the logits [V] that follow each."""
         rows = [Row(prompt, (), ()) for prompt in ids]
-        prefix.require(at + len(ids), max(map(len, ids), default=0))
         after: dict[int, Tensor] = {}
         for members in split(rows, [(i,) for i in range(len(rows))], PREFILL):
             forest = pack([rows[i] for i in members]).to(self.device)
@@ -179,13 +178,13 @@ class LocalSampler:
             layout = Prefill(forest)
             ends = torch.tensor([stop - 1 for _, stop in forest.spans], device=self.device)
             logits_EV = self._logits(forest.ids_T, forest.position_T, layout, ends)
-            for i, (start, _), logits in zip(members, forest.spans, logits_EV, strict=True):
+            for i, (start, _), logits_V in zip(members, forest.spans, logits_EV, strict=True):
                 path = [forest.segments[s] for s in forest.path(segment_at[start])]
                 prefix.enter(at + i, [(s.start, s.stop) for s in path], layout.kept)
-                after[names[i]] = logits
+                after[i] = logits_V
             work.prompt_tokens += len(forest)
             work.logits += len(members)
-        return after
+        return [after[i] for i in range(len(ids))]
 
     def _draft(self, w: _Writing, limit: int) -> list[int]:
         """Not more than there is room for after the token that is sure to come."""
