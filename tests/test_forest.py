@@ -227,3 +227,28 @@ def test_attention_sinks_take_their_share():
             layer.self_attn.sinks.fill_(-1e4)
     without = [token_logprobs(model, forest).detach() for forest in forests]
     assert max((a - b).abs().max() for a, b in zip(before, without, strict=True)) > 1e-2
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma2", "gpt2"])
+def test_a_frozen_head_and_a_trained_one_give_the_same(monkeypatch, arch, temperature):
+    """Their backward passes differ: one keeps derivatives, the other computes logits again. Three chunks each."""
+    monkeypatch.setattr("posttrain.forest.logprobs.CHUNK", 5)
+    found = []
+    for frozen in (True, False):
+        model = tiny_model(arch, dtype=torch.float64)
+        head = model.get_output_embeddings()
+        model.requires_grad_(True)
+        if model.config.tie_word_embeddings:
+            head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        head.requires_grad_(not frozen)
+        forest = pack(
+            [Row((1, 2, 3, 4), (5, 6, 7, 8, 9, 3, 2), (True,) * 7), Row((9, 3), (4, 4, 4, 4, 5), (True,) * 5)]
+        )
+        logps_T = token_logprobs(model, forest, temperature)
+        (logps_T * torch.arange(len(forest))).sum().backward()
+        found.append((logps_T.detach(), {n: p.grad for n, p in model.named_parameters() if p is not head.weight}))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-12, atol=1e-12)
+    for name, gradient in found[1][1].items():
+        if gradient is not None:
+            torch.testing.assert_close(found[0][1][name], gradient, rtol=1e-9, atol=1e-10)

@@ -1,8 +1,10 @@
-"""The processor as a run finds it, and the two settings that decide how fast it multiplies matrices."""
+"""The settings of a process that decide how fast it multiplies matrices."""
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import platform
 from typing import Any
 
 import torch
@@ -20,8 +22,15 @@ def tune() -> dict[str, Any]:
     Its other library, oneDNN, takes float32 products only where lower precision is allowed. Whether it then really
     rounds depends on the processor (one with AMX does, others have no faster way than float32), so a product is
     compared with float64 first, and the permission is withdrawn where the error is above `EXACT`.
+
+    glibc gives large freed blocks back to the system, and each product then waits for its pages to be mapped and
+    zeroed anew: a fifth of a step's processor time. It is told to keep them.
     """
-    return {"threads": torch.get_num_threads(), "float32_matmul": "oneDNN" if _onednn() else "default"}
+    return {
+        "threads": torch.get_num_threads(),
+        "float32_matmul": "oneDNN" if _onednn() else "default",
+        "freed_memory": "kept" if _kept() else "default",
+    }
 
 
 @functools.cache
@@ -35,6 +44,15 @@ def _onednn() -> bool:
         return True
     matmul.fp32_precision = before
     return False
+
+
+@functools.cache
+def _kept() -> bool:
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt, (trim_threshold, mmap_threshold) = ctypes.CDLL(None).mallopt, (-1, -3)  # names and numbers of malloc.h
+    largest = 2**31 - 1  # both are C ints
+    return bool(mallopt(mmap_threshold, largest) and mallopt(trim_threshold, largest))
 
 
 def worst_error() -> float:

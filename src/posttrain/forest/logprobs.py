@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from posttrain.forest.attention import NAME, Layout, Tree, attending, decoder, unsupported
@@ -15,7 +17,7 @@ from posttrain.forest.tree import Forest
 from posttrain.records import UserError
 
 CHUNK = 512
-"""Target tokens whose [chunk, V] logits exist at one time; they are computed again for the gradient."""
+"""Target tokens whose [chunk, V] logits exist at one time."""
 
 
 States = Callable[[torch.nn.Module, Forest], Tensor]
@@ -116,20 +118,60 @@ def check_head(model: torch.nn.Module) -> None:
 
 
 def _gather(model: torch.nn.Module, hidden_ND: Tensor, forest: Forest, temperature: float) -> Tensor:
-    def chunk(hidden_CD: Tensor, ids_C: Tensor) -> Tensor:
+    def logits(hidden_CD: Tensor) -> Tensor:
         logits_CV = head(model, hidden_CD)
         logits_CV = logits_CV if logits_CV.dtype == torch.float64 else logits_CV.float()
-        if temperature != 1.0:
-            logits_CV = logits_CV / temperature
-        return logits_CV.gather(1, ids_C[:, None]).squeeze(1) - logits_CV.logsumexp(1)
+        return logits_CV if temperature == 1.0 else logits_CV / temperature
 
+    if not torch.is_grad_enabled():
+        chosen = _chosen
+    elif any(p.requires_grad for p in decoder(model).get_output_embeddings().parameters()):
+
+        def chosen(logits: Logits, hidden_CD: Tensor, ids_C: Tensor) -> Tensor:
+            return checkpoint(_chosen, logits, hidden_CD, ids_C, use_reentrant=False)
+    else:
+        chosen = _FrozenHead.apply
     at_N = forest.target_T.nonzero().squeeze(1)
     ids_N = forest.ids_T[at_N].to(hidden_ND.device)
     logps_N = torch.cat(
         [
-            checkpoint(chunk, hidden, ids, use_reentrant=False) if torch.is_grad_enabled() else chunk(hidden, ids)
-            for hidden, ids in zip(hidden_ND.split(CHUNK), ids_N.split(CHUNK), strict=True)
+            chosen(logits, hidden_CD, ids_C)
+            for hidden_CD, ids_C in zip(hidden_ND.split(CHUNK), ids_N.split(CHUNK), strict=True)
         ]
-    )
-    logps_N = logps_N.to(at_N.device)
+    ).to(at_N.device)
     return logps_N.new_zeros(len(forest)).index_copy(0, at_N, logps_N)
+
+
+Logits = Callable[[Tensor], Tensor]
+"""From hidden states [C, D] to logits [C, V], float32 or float64."""
+
+
+def _chosen(logits: Logits, hidden_CD: Tensor, ids_C: Tensor) -> Tensor:
+    logits_CV = logits(hidden_CD)
+    return logits_CV.gather(1, ids_C[:, None]).squeeze(1) - logits_CV.logsumexp(1)
+
+
+class _FrozenHead(torch.autograd.Function):
+    """`_chosen` for a head that is not trained, with its gradient made while the logits are there.
+
+    A token's log-probability depends on its own hidden state only, so its derivative can be kept, [C, D], before
+    anyone asks for it: no logits are kept for the backward pass, and none are computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Logits, hidden_CD: Tensor, ids_C: Tensor) -> Tensor:
+        with torch.enable_grad():
+            hidden_CD = hidden_CD.detach().requires_grad_()
+            graph_CV = logits(hidden_CD)
+        logits_CV = graph_CV.detach()
+        lse_C = logits_CV.logsumexp(1)
+        p_CV = (logits_CV - lse_C[:, None]).exp_()
+        p_CV[torch.arange(len(ids_C), device=ids_C.device), ids_C] -= 1  # minus the derivative by the logits
+        ctx.save_for_backward(*torch.autograd.grad(graph_CV, hidden_CD, p_CV))
+        return logits_CV.gather(1, ids_C[:, None]).squeeze(1) - lse_C
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_C: Tensor) -> tuple[None, Tensor, None]:
+        (minus_CD,) = ctx.saved_tensors
+        return None, minus_CD * -grad_C[:, None].to(minus_CD.dtype), None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from posttrain.machine import tune
 from posttrain.models.disk import staged
+from posttrain.models.lora import fuse
 from posttrain.models.quiet import quiet
 from posttrain.models.source import is_hub_id, json_file, resolve
 from posttrain.models.template import end_of_turn, with_template
@@ -85,9 +86,20 @@ class Policy:
         """Number of weights, trainable or not, tied ones once, the adapter's included."""
         return sum(p.numel() for p in self.model.parameters())
 
-    def digest(self) -> str:
-        """Name of the function that the model computes now: changes if and only if a weight changes."""
-        trained = weights_digest(self.parameters())
+    def run(self, compute: Callable[..., Tensor], *args: Any) -> Tensor:
+        """`compute(model, *args)`, one forward pass. Where workers hold parts of the model, all of them must make it."""
+        return compute(self.model, *args)
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """Trainable weights by name, whole. Where workers hold parts of the model, all of them must ask."""
+        return self.parameters()
+
+    def digest(self, weights: Mapping[str, Tensor] | None = None) -> str:
+        """Name of the function that the model computes now: changes if and only if a weight changes.
+
+        `weights` are what `self.weights()` gives, for who has them already.
+        """
+        trained = weights_digest(self.weights() if weights is None else weights)
         if self.adapter is None:
             return trained
         scale = f"{self.adapter.lora_alpha}/{self.adapter.r}"
@@ -211,7 +223,9 @@ def attach(
     )
     with torch.random.fork_rng(), quiet():
         torch.manual_seed(seed)
-        return Policy(get_peft_model(model, config).eval(), tokenizer, source, digest, revision)
+        adapted = get_peft_model(model, config).eval()
+    fuse(adapted)
+    return Policy(adapted, tokenizer, source, digest, revision)
 
 
 def load(
@@ -261,6 +275,7 @@ def load(
         _refuse_other_adapter(model, adapter, folder)
     with _explained(folder), quiet():
         peft = PeftModel.from_pretrained(model, str(folder), is_trainable=True).eval()
+        fuse(peft)
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
             stored = set(file.keys())
     _refuse_nonfinite(folder, peft)

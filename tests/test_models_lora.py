@@ -1,0 +1,98 @@
+"""The fused low-rank layer is PEFT's, in values and gradients, and steps aside where it cannot be."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import Linear
+from torch import nn
+
+from posttrain.models.lora import FusedLora, fuse
+
+
+class Two(nn.Module):
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 10, bias), nn.Linear(10, 4, bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def adapted(dtype: torch.dtype = torch.float64, bias: bool = True, **settings):
+    """Twice the same model, PEFT's and the fused one; B is not zero."""
+    torch.manual_seed(0)
+    config = LoraConfig(target_modules=["first", "second"], r=3, lora_alpha=5, **settings)
+    theirs = get_peft_model(Two(bias).to(dtype), config)
+    for name, p in theirs.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(p)
+    ours = copy.deepcopy(theirs)
+    fuse(ours)
+    return theirs, ours
+
+
+def gradients(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    x = x.clone().requires_grad_()
+    out = model(x)
+    (out * torch.arange(out.numel()).view_as(out)).sum().backward()
+    return out, {"x": x.grad, **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(7, 6), (1, 5, 6), (2, 3, 4, 6)])
+def test_values_and_gradients_are_pefts(shape, bias):
+    theirs, ours = adapted(bias=bias)
+    assert sum(type(m) is FusedLora for m in ours.modules()) == 2
+    x = torch.randn(shape, dtype=torch.float64)
+    (want, want_by), (got, got_by) = gradients(theirs, x), gradients(ours, x)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    assert got_by.keys() == want_by.keys()
+    for name, gradient in want_by.items():
+        torch.testing.assert_close(got_by[name], gradient, rtol=1e-11, atol=1e-11)
+
+
+def test_gradients_by_finite_differences():
+    _, ours = adapted()
+    layer = ours.base_model.model.first
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, (x,))
+
+
+@pytest.mark.parametrize("how", ["disabled", "merged", "dropout", "dora", "float32 adapter", "trained base"])
+def test_where_more_is_asked_pefts_own_forward_runs(how):
+    settings = {"dropout": {"lora_dropout": 0.5}, "dora": {"use_dora": True}}.get(how, {})
+    models = adapted(**settings)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    for model in models:
+        if how == "disabled":
+            model.base_model.disable_adapter_layers()
+        elif how == "merged":
+            model.merge_adapter()
+        elif how == "dropout":
+            model.train()
+        elif how == "trained base":
+            model.requires_grad_(True)
+        elif how == "float32 adapter":
+            for name, p in model.named_parameters():
+                if "lora_" in name:
+                    p.data = p.data.float()
+    results = []
+    for model in models:
+        torch.manual_seed(1)
+        results.append(gradients(model, x))
+    (want, want_by), (got, got_by) = results
+    assert torch.equal(got, want)
+    assert all(torch.equal(got_by[name], gradient) for name, gradient in want_by.items())
+
+
+def test_it_stays_pefts_layer():
+    theirs, ours = adapted()
+    layer = ours.base_model.model.first
+    assert isinstance(layer, Linear)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    x = torch.randn(2, 6, dtype=torch.float64)
+    torch.testing.assert_close(copy.deepcopy(ours).merge_and_unload()(x), ours(x))
