@@ -35,7 +35,8 @@ def reward_model(policy: Policy, ends: Collection[int], seed: int) -> Policy:
         UserError: Transformers has no sequence classifier of this architecture, or no token is left to pad with.
     """
     kind, pad = fitting(policy, ends)
-    adapter, trained = copy.deepcopy(policy.adapter), policy.snapshot()
+    adapter = copy.deepcopy(policy.adapter)
+    trained = policy.snapshot() if adapter else {}  # unloading drops it
     base: PreTrainedModel = policy.model.unload() if isinstance(policy.model, PeftModel) else policy.model
     config = base.config  # the decoder's own: forest attention is switched on in it
     config.num_labels = 1
