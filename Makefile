@@ -19,9 +19,8 @@ test: $(STAMP)  ## Check style and types, run the tests
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2
 
-bench: $(STAMP)  ## Measure training against TRL, in an environment of its own (minutes; leave the machine alone)
-	$(BIN)/python benchmarks/train.py --out docs/measured/engine.json
-	$(BIN)/python docs/render.py
+bench: $(STAMP)  ## Measure against TRL, generate and the machine itself (45 minutes; leave the machine alone)
+	$(BIN)/python benchmarks/run.py; code=$$?; $(BIN)/python docs/render.py; exit $$code
 
 # The stamp goes first and comes back last. Where it is missing an installation was cut short, and pip cannot tell
 # a half-written package from a whole one: start over (its cache makes that quick).

@@ -9,6 +9,7 @@ takes from the steps beside it: the two after a save are compared with the third
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
 import time
 from pathlib import Path
@@ -51,7 +52,7 @@ def main() -> None:
         # The loop begins a save half as often as `checkpoint_every` says.
         stage = stage.model_copy(update={"checkpoint_every": 2 * CYCLE})
         train(policy, method, stage, folder / "run", 0, on_step)
-    took = [b - a for a, b in zip(ends, ends[1:], strict=False)]  # took[i]: step i + 1, and the save before it
+    took = [b - a for a, b in itertools.pairwise(ends)]  # took[i]: step i + 1, and the save before it
     added, plain = [], []
     for save in range(CYCLE, steps - CYCLE, CYCLE):  # saved after `save` steps: step number `save` comes next
         first, second, third = took[save - 1 : save + CYCLE - 1]

@@ -110,7 +110,11 @@ def _settings(work: Workload, folder: Path, tokenizer: Any) -> dict[str, Any]:
     }
     if work.kind == "grpo":
         length = {"max_completion_length": work.new_tokens, "generation_kwargs": {"min_new_tokens": work.new_tokens}}
-        group = {"num_generations": work.group, "per_device_train_batch_size": work.batch * work.group}
+        group = {
+            "num_generations": work.group,
+            "per_device_train_batch_size": work.batch * work.group // work.accumulate,
+            "gradient_accumulation_steps": work.accumulate,
+        }
         return common | length | group | {"temperature": 1.0, "shuffle_dataset": False}
     common |= {"train_sampling_strategy": "sequential"}
     return common | {"dpo": {"beta": BETA}, "reward": {"pad_token": tokenizer.pad_token}}.get(work.kind, {})

@@ -38,7 +38,9 @@ class Side:
         line = self.process.stdout.readline()
         if not line:
             sys.exit(f"{self.name} ended with code {self.process.wait()}:\n{self.log.read_text()[-4000:]}")
-        return json.loads(line)
+        found = json.loads(line)
+        print(f"  {self.name}: {found['seconds']:.2f} s, {found['memory'] / 1e9:.1f} GB", file=sys.stderr, flush=True)
+        return found
 
 
 @contextmanager

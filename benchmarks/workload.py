@@ -37,6 +37,8 @@ class Workload(NamedTuple):
     lora: bool = True
     group: int = 0
     """Completions per prompt (grpo)."""
+    accumulate: int = 1
+    """Backward passes that TRL makes of one GRPO step, for its memory; posttrain cuts a step by itself."""
     prompt_words: tuple[int, int] = (40, 200)
     completion_words: tuple[int, int] = (20, 120)
     new_tokens: int = 64
@@ -88,6 +90,10 @@ def now() -> Moment:
 
 def peak_memory() -> int:
     """Most memory this process has held so far, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss begins with what the process that started this one held
+        [peak] = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        return int(peak) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -1,0 +1,89 @@
+"""Plots for docs/performance.md from docs/measured/*.json; the same numbers give the same bytes.
+
+python benchmarks/plots.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from measured import Row
+
+ROOT = Path(__file__).resolve().parent.parent
+MEASURED, PLOTS = ROOT / "docs" / "measured", ROOT / "docs" / "plots"
+WIDTH = 3.75
+"""Inches: 360 px on a page, where type of 8 points can be read."""
+STYLE = {
+    "svg.hashsalt": "posttrain",
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+OURS, OTHERS, GOAL = "#1b6ca8", "#9a9a9a", "#c03a2b"
+AGAINST = ": speed against "
+ENDINGS = {"TRL's": "TRL", "generate's": "generate"}
+
+
+def main() -> None:
+    draw(json.loads((MEASURED / "engine.json").read_text()), json.loads((MEASURED / "growth.json").read_text()), PLOTS)
+
+
+def draw(rows: list[Row], growth: dict[str, Any], folder: Path) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(STYLE):
+        figures = {"engine": speeds(rows), **{f"growth-{name}": curve(found) for name, found in growth.items()}}
+        paths = []
+        for name, figure in figures.items():
+            paths.append(folder / f"{name}.svg")
+            figure.savefig(paths[-1], metadata={"Date": None, "Creator": None})
+    return paths
+
+
+def speeds(rows: list[Row]) -> Figure:
+    """How many times as fast, with the lowest and the highest run, and the goal."""
+    goals = [row for row in rows if AGAINST in row["what"] and "at_least" in row][::-1]
+    figure = Figure(figsize=(WIDTH, 0.7 + 0.38 * len(goals)), layout="constrained")
+    axes = figure.subplots()
+    for y, row in enumerate(goals):
+        what, _, against = row["what"].partition(AGAINST)
+        low, high = row["spread"]
+        axes.barh(y, row["value"], height=0.45, color=OURS)
+        axes.plot([low, high], [y, y], color="black", linewidth=1)
+        axes.plot([row["at_least"]] * 2, [y - 0.35, y + 0.35], color=GOAL, linewidth=2)
+        axes.text(0, y + 0.3, f" {what}, against {ENDINGS.get(against, against)}", va="bottom", fontsize=7)
+    axes.set_yticks([])
+    axes.set_ylim(-0.5, len(goals) - 0.2)
+    axes.axvline(1, color=OTHERS, linewidth=1)
+    axes.set_xlabel("times as fast (red: the goal)")
+    return figure
+
+
+def curve(found: dict[str, Any]) -> Figure:
+    """Both sides over one axis, both logarithmic: a straight line is a power, a gap of one height a factor."""
+    figure = Figure(figsize=(WIDTH, 2.4), layout="constrained")
+    axes = figure.subplots()
+    points = found["points"]
+    xs = [point["x"] for point in points]
+    names = [name for name in points[0] if name != "x"]
+    for name in names:
+        color = OURS if name == "posttrain" else OTHERS
+        axes.plot(xs, [point[name] for point in points], marker="o", markersize=3, color=color, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(xs, [f"{x:,}" for x in xs])
+    axes.minorticks_off()
+    axes.set_xlabel(found["axis"])
+    axes.set_ylabel(found["unit"])
+    if len(names) > 1:
+        axes.legend(frameon=False)
+    return figure
+
+
+if __name__ == "__main__":
+    main()
