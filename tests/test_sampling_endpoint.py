@@ -269,7 +269,8 @@ def test_grpo_trains_on_them_as_on_its_own(setting):
     method = grpo(setting.policy, stage, sampler=setting.sampler())
     train(setting.policy, method, stage, setting.folder / "run", SEED, rows.append)
     trained = [row for row in rows if "mismatch_max" in row]  # the others had no group with signal
-    assert len(rows) == 3 and trained
+    assert len(rows) == 3
+    assert trained
     for row in trained:
         assert row["mismatch_min"] == pytest.approx(1, abs=1e-3)
         assert row["mismatch_max"] == pytest.approx(1, abs=1e-3)

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
+from tiny import tiny_policy
 
-from posttrain.recipe.schema import Optim
+from posttrain.recipe.schema import Lora, Optim
 from posttrain.records import UserError
 from posttrain.training.optim import adamw, clip, learning_rate, load_state, state_tensors
 
@@ -115,7 +116,9 @@ def test_state_goes_through_safetensors_bit_for_bit_and_training_goes_on_the_sam
     load_state(optimizer, stored)
     again = state_tensors(optimizer)
     assert again.keys() == stored.keys()
-    assert len(stored) == 3 * len(weights)  # step, exp_avg, exp_avg_sq
+    kinds = 3 if dtype == torch.float32 else 4  # step, exp_avg, exp_avg_sq; a master where the weight is coarser
+    assert len(stored) == kinds * len(weights)
+    assert {t.dtype for t in stored.values()} == {torch.float32}
     assert all(torch.equal(again[k], stored[k]) and again[k].dtype == stored[k].dtype for k in stored)
     assert all(again[f"{name}/step"] == 5 for name in weights)
     train(resumed, optimizer, range(5, 9))
@@ -173,3 +176,33 @@ def test_clip_of_half_precision_measures_in_float32():
 
 def test_clip_without_gradients_is_zero():
     assert clip([torch.nn.Parameter(torch.zeros(1))], 1.0).item() == 0
+
+
+def test_steps_too_small_for_bfloat16_are_not_lost():
+    """The gradient is constant, so Adam moves by lr a step: 400 x 1e-4 from 1.0 is 0.96, and bfloat16's next number
+    below 1.0 is 0.996, 39 such steps away. The float32 run of the same gradients is the oracle."""
+    settings = Optim(lr=1e-4, weight_decay=0.01)
+    weights = {dtype: torch.nn.Parameter(torch.ones(2, 2, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32)}
+    optimizers = {dtype: adamw([("w", w)], settings) for dtype, w in weights.items()}
+    plain = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.bfloat16))
+    lossy = torch.optim.AdamW([plain], lr=1e-4, weight_decay=0.01)
+    for _ in range(400):
+        for weight, optimizer in ((weights[d], optimizers[d]) for d in weights):
+            weight.grad = torch.full_like(weight, 0.25)
+            optimizer.step()
+            optimizer.zero_grad()
+            assert weight.grad is None
+        plain.grad = torch.full_like(plain, 0.25)
+        lossy.step()
+    assert (plain == 1).all()  # what would have happened
+    exact = weights[torch.float32].detach()
+    assert exact[0, 0].item() == pytest.approx(0.96, abs=1e-3)
+    assert torch.equal(state_tensors(optimizers[torch.bfloat16])["w/master"], exact)
+    assert torch.equal(weights[torch.bfloat16].detach(), exact.bfloat16())
+
+
+def test_float32_and_its_adapters_have_no_masters():
+    assert not any(name.endswith("/master") for name in state_tensors(adamw(model().named_parameters(), Optim())))
+    policy = tiny_policy(adapter=Lora(r=2), dtype=torch.bfloat16)  # an adapter is float32 over a bfloat16 base
+    assert {p.dtype for p in policy.parameters().values()} == {torch.float32}
+    assert not adamw(policy.parameters().items(), Optim()).rounded

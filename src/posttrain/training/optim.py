@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +14,44 @@ from posttrain.recipe.schema import Optim
 from posttrain.records import UserError
 
 FUSED_DEVICES = {"cpu", "cuda"}
+MASTER = "master"
 
 
-def adamw(named_parameters: Iterable[tuple[str, Parameter]], optim: Optim) -> torch.optim.AdamW:
+class AdamW(torch.optim.AdamW):
+    """AdamW whose weights of less than float32 have a float32 master copy, on which it steps and which they are rounded
+    from: bfloat16 has 8 significant bits, so that a step below 1/512 of a weight would be lost each time.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], **settings: Any) -> None:
+        self.rounded: dict[Parameter, Parameter] = {}
+        """The model's weight for each master."""
+        for group in groups:
+            group["params"] = [(name, self._master(p)) for name, p in group["params"]]
+        super().__init__(groups, **settings)
+
+    def _master(self, weight: Parameter) -> Parameter:
+        if weight.dtype not in (torch.bfloat16, torch.float16):
+            return weight
+        master = Parameter(weight.detach().float())
+        self.rounded[master] = weight
+        return master
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for master, weight in self.rounded.items():
+            master.grad = None if weight.grad is None else weight.grad.float()
+        super().step()
+        for master, weight in self.rounded.items():
+            master.grad = None
+            weight.copy_(master)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for weight in self.rounded.values():
+            weight.grad = None
+
+
+def adamw(named_parameters: Iterable[tuple[str, Parameter]], optim: Optim) -> AdamW:
     """AdamW (Loshchilov & Hutter, 1711.05101) over the parameters that require a gradient.
 
     Weight decay applies to matrices, not to norms and biases (fewer than two dimensions).
@@ -28,7 +64,7 @@ def adamw(named_parameters: Iterable[tuple[str, Parameter]], optim: Optim) -> to
         {"params": [(name, p) for name, p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     fused = all(p.device.type in FUSED_DEVICES for _, p in trained)
-    return torch.optim.AdamW(
+    return AdamW(
         [group for group in groups if group["params"]], lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused
     )
 
@@ -71,25 +107,26 @@ def clip(parameters: Iterable[Parameter], max_norm: float | None) -> Tensor:
     return norm
 
 
-def _named(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Parameter]]:
+def _named(optimizer: AdamW) -> Iterator[tuple[str, Parameter]]:
     """Names and parameters in the order in which the optimiser numbers them."""
     for group in optimizer.param_groups:
         yield from zip(group["param_names"], group["params"], strict=True)
 
 
-def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state as `NAME/KEY` (`lm_head.weight/exp_avg`), step counters included; not copied.
+def state_tensors(optimizer: AdamW) -> dict[str, Tensor]:
+    """The optimiser's state as `NAME/KEY` (`lm_head.weight/exp_avg`), step counters and masters included; not copied.
 
-    The optimiser must know its parameters' names, as `adamw` makes it. Hyperparameters are the recipe's, not state.
+    Hyperparameters are the recipe's, not state.
     """
-    return {
+    masters = {f"{name}/{MASTER}": p.detach() for name, p in _named(optimizer) if p in optimizer.rounded}
+    return masters | {
         f"{name}/{key}": value
         for name, parameter in _named(optimizer)
         for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
-def load_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def load_state(optimizer: AdamW, tensors: Mapping[str, Tensor]) -> None:
     """Put the state of `state_tensors` back; the optimiser takes the tensors over.
 
     State of a parameter that the optimiser does not have, or has in another shape, raises UserError.
@@ -104,5 +141,8 @@ def load_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) 
                 f"optimiser state {path!r} of shape {tuple(value.shape)} does not fit the model ({found}): the "
                 "checkpoint is of another model or adapter; start the run in another folder"
             )
-        state.setdefault(numbers[name][0], {})[key] = value
+        if key == MASTER:
+            numbers[name][1].data.copy_(value)
+        else:
+            state.setdefault(numbers[name][0], {})[key] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
