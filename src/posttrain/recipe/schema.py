@@ -46,6 +46,12 @@ class Model(Block):
     chat_template: str | None = Field(
         None, description="A Jinja file, or `chatml`, in place of the model's own chat template."
     )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where the model computes; auto is cuda where there is one."
+    )
+    compile: bool = Field(
+        False, description="Compile the decoder's layers (torch.compile): seconds at first, less time for each step."
+    )
 
 
 class Source(Block):
@@ -221,6 +227,12 @@ class Grpo(StageBase):
     n: int = Field(8, ge=2, description="Completions per prompt (the group).")
     sampling: Sampling = Field(default_factory=lambda: Sampling(), description="How completions are drawn.")
     iterations: int = Field(1, ge=1, description="Optimiser steps on each batch of rollouts.")
+    staleness: int = Field(
+        0,
+        ge=0,
+        description="Batches by which the sampler may be behind the weights, so that it works while they are trained; "
+        "0 is on-policy. Nothing is ahead of a checkpoint.",
+    )
     baseline_std: Literal["group", "batch", "none"] = Field(
         "group", description="What the centred reward is divided by; none is Dr. GRPO (2503.20783)."
     )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
 from posttrain.recipe.schema import Sampling
 from posttrain.records import Example, Ledger, Rollout, UserError
+
+
+Answer = Callable[[], tuple[list[Rollout], Ledger]]
+"""Rollouts that may be on their way still: called once, waits for them."""
 
 
 class Sampler(Protocol):
@@ -20,6 +24,13 @@ class Sampler(Protocol):
         Raises:
             UserError: a prompt leaves no room for an answer in the model's context.
         """
+
+
+@runtime_checkable
+class Ahead(Protocol):
+    """A sampler that can be asked before the rollouts are needed, and samples them with the weights of that time."""
+
+    def request(self, prompts: Sequence[Example], n: int, sampling: Sampling, seed: int) -> Answer: ...
 
 
 class Renderer(Protocol):

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from posttrain.data.chat import Rendered
-from posttrain.forest import Forest, Row, pack, split, token_logprobs
+from posttrain.forest import Forest, Row, pack, share, split, token_logprobs
 from posttrain.forest.logprobs import States
 from posttrain.losses import Counts
+from posttrain.models.policy import Policy
 from posttrain.records import Example, Ledger
+from posttrain.training.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -90,15 +92,34 @@ def pair_sample(example: Example) -> dict[str, Any]:
     return {"prompt": asked(example), "text": text, "rejected": other}
 
 
+def interval(checkpoint_every: int, period: int) -> int:
+    """Steps from one checkpoint to the next: a multiple of `period`, about half of what a kill may cost."""
+    return max((checkpoint_every + 1) // 2 // period, 1) * period
+
+
+def passes(
+    rows: Sequence[Row], units: Sequence[tuple[int, ...]], budget: int, world: World
+) -> tuple[list[list[int]], int]:
+    """This worker's forward passes, each as indices of units, and how many more it must make because others do."""
+    plans = [
+        [[mine[u] for u in members] for members in split(rows, [units[u] for u in mine], budget)]
+        for mine in share(rows, units, world.size)
+    ]
+    return plans[world.rank], max(map(len, plans)) - len(plans[world.rank])
+
+
 @torch.no_grad()
 def frozen_logprobs(
-    model: torch.nn.Module, rows: Sequence[Row], budget: int, temperature: float = 1.0
+    policy: Policy, rows: Sequence[Row], budget: int, temperature: float = 1.0, world: World = ALONE
 ) -> list[list[float]]:
     """For each row the log-probabilities of its completion tokens (0 where not a target), as constants."""
-    found: list[list[float]] = [[] for _ in rows]
-    for units in split(rows, [(i,) for i in range(len(rows))], budget):
-        forest = pack([rows[i] for i in units])
-        logps_T = token_logprobs(model, forest, temperature)
-        for i, (start, stop) in zip(units, forest.spans, strict=True):
-            found[i] = logps_T[start:stop].tolist()
-    return found
+    mine, idle = passes(rows, [(i,) for i in range(len(rows))], budget, world)
+    found: dict[int, list[float]] = {}
+    for members in mine:
+        forest = pack([rows[i] for i in members])
+        logps_T = policy.run(token_logprobs, forest, temperature)
+        found |= {i: logps_T[start:stop].tolist() for i, (start, stop) in zip(members, forest.spans, strict=True)}
+    for _ in range(idle):
+        policy.run(token_logprobs, pack([min(rows, key=len)]), temperature)
+    together = {i: logps for part in world.gather(found) for i, logps in part.items()}
+    return [together[i] for i in range(len(rows))]

@@ -24,6 +24,7 @@ from posttrain.recipe.schema import Dpo
 from posttrain.records import Example, Ledger, Score, UserError, derive
 from posttrain.sampling.protocol import Sampler
 from posttrain.training.batch import Batch, LogProbs, asked, chosen, frozen_logprobs, pair_sample, rejected
+from posttrain.training.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class DpoMethod(LogProbs):
         return loss, {name: reduce_pairs(value_P, batch.counts).item() for name, value_P in shares.items()}
 
 
-def pairs_from_data(policy: Policy, stage: Dpo, data: Prepared, seed: int) -> list[list[Pair]]:
+def pairs_from_data(policy: Policy, stage: Dpo, data: Prepared, seed: int, world: World = ALONE) -> list[list[Pair]]:
     """Pairs as they stand in the data, one list a source.
 
     Of a large file only as many as the stage's steps come to, drawn at random: each costs a forward pass here.
@@ -98,7 +99,7 @@ def pairs_from_data(policy: Policy, stage: Dpo, data: Prepared, seed: int) -> li
     sizes, slots = [len(rows) for rows in data.rows], stage.steps * stage.batch_size
     used = sorted(set(schedule(sizes, data.weights, slots, derive(seed, stage.id, "rows"))))
     return [
-        _referenced(policy, stage, [sides(rows[i]) for source, i in used if source == s])
+        _referenced(policy, stage, [sides(rows[i]) for source, i in used if source == s], world)
         for s, rows in enumerate(data.rows)
     ]
 
@@ -110,6 +111,7 @@ def pairs_on_policy(
     sampler: Sampler,
     score: Callable[[Example, str], Score],
     seed: int,
+    world: World = ALONE,
 ) -> tuple[list[list[Pair]], Ledger, dict[str, float]]:
     """Pairs the policy writes itself: for each prompt, one of its best answers against one of its worst.
 
@@ -148,7 +150,7 @@ def pairs_on_policy(
         "pairs": sum(map(len, made)),
         "correct": sum(s.outcome == "correct" for s in scores) / len(scores),
     }
-    return [_referenced(policy, stage, part) for part in made], ledger, facts
+    return [_referenced(policy, stage, part, world) for part in made], ledger, facts
 
 
 def write_pairs(path: Path, kept: list[list[Pair]]) -> None:
@@ -180,7 +182,7 @@ def read_pairs(path: Path, sources: int) -> list[list[Pair]]:
     return found
 
 
-def _referenced(policy: Policy, stage: Dpo, sides: list[tuple[Row, Row, dict[str, Any]]]) -> list[Pair]:
+def _referenced(policy: Policy, stage: Dpo, sides: list[tuple[Row, Row, dict[str, Any]]], world: World) -> list[Pair]:
     rows = [row for a, b, _ in sides for row in (a, b)]
-    sums = [sum(logps) for logps in frozen_logprobs(policy.model, rows, stage.tokens_per_forward)]
+    sums = [sum(logps) for logps in frozen_logprobs(policy, rows, stage.tokens_per_forward, world=world)]
     return [Pair(a, b, (sums[2 * i], sums[2 * i + 1]), sample) for i, (a, b, sample) in enumerate(sides)]

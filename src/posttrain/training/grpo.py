@@ -22,9 +22,10 @@ from posttrain.losses import (
 )
 from posttrain.models.policy import Policy
 from posttrain.recipe.schema import Grpo
-from posttrain.records import Example, Failure, Rollout, Score, derive
-from posttrain.sampling.protocol import Sampler
-from posttrain.training.batch import Batch, LogProbs, frozen_logprobs
+from posttrain.records import Example, Failure, Ledger, Rollout, Score, derive
+from posttrain.sampling.protocol import Ahead, Answer, Sampler
+from posttrain.training.batch import Batch, LogProbs, frozen_logprobs, interval
+from posttrain.training.world import ALONE, World
 
 
 def check_weights(rollouts: Sequence[Rollout], allowed: Collection[str]) -> None:
@@ -39,6 +40,16 @@ def check_weights(rollouts: Sequence[Rollout], allowed: Collection[str]) -> None
                 f"{rollout.example.id}: sampled with weights {rollout.weights[:12]}, and allowed are "
                 f"{', '.join(sorted(digest[:12] for digest in allowed))}; the sampler did not get the policy's weights"
             )
+
+
+def sampled_at(stage: Grpo, step: int) -> int:
+    """The step before which the weights stand that sample the rollouts of `step`, where a batch begins.
+
+    They are `staleness` batches old, but never from before the last checkpoint: so a run that continues there finds
+    nothing on its way, asks for what the undisturbed run asked for, and counts nothing twice.
+    """
+    every = interval(stage.checkpoint_every, stage.iterations)
+    return max(step - stage.staleness * stage.iterations, step // every * every)
 
 
 class GrpoMethod(LogProbs):
@@ -59,10 +70,12 @@ class GrpoMethod(LogProbs):
         sampler: Sampler,
         score: Callable[[Example, str], Score],
         seed: int,
+        world: World = ALONE,
     ) -> None:
-        self.stage, self.data, self.policy, self.sampler, self.score, self.seed = (
-            stage, data, policy, sampler, score, seed,
+        self.stage, self.data, self.policy, self.sampler, self.score, self.seed, self.world = (
+            stage, data, policy, sampler, score, seed, world,
         )  # fmt: skip
+        self.asked: dict[int, tuple[str, Answer]] = {}
         self.temperature = stage.sampling.temperature
         self.period = stage.iterations
         slots = math.ceil(stage.steps / stage.iterations) * stage.batch_size
@@ -73,10 +86,7 @@ class GrpoMethod(LogProbs):
         if step % self.period:
             return Batch(self.now.rows, self.now.units, self.now.counts)
         stage = self.stage
-        first = step // self.period * stage.batch_size
-        prompts = [self.data.rows[s][i].example for s, i in self.order[first : first + stage.batch_size]]
-        rollouts, ledger = self.sampler(prompts, stage.n, stage.sampling, derive(self.seed, stage.id, "step", step))
-        check_weights(rollouts, {self.policy.digest()})
+        rollouts, ledger = self._rollouts(step)
         scores = [self.score(r.example, r.text) for r in rollouts]
         credit = advantages(rollouts, scores, std=stage.baseline_std, eps=stage.std_eps)
         scored = [i for i, advantage in enumerate(credit) if advantage is not None]
@@ -90,7 +100,9 @@ class GrpoMethod(LogProbs):
         self.references = None
         if self.reference is not None and rows:
             with self.policy.swapped(self.reference):
-                self.references = frozen_logprobs(self.policy.model, rows, stage.tokens_per_forward, self.temperature)
+                self.references = frozen_logprobs(
+                    self.policy, rows, stage.tokens_per_forward, self.temperature, self.world
+                )
 
         # The denominators count the groups without signal too, for a zero is an answer, but not what is unscored.
         counts = Counts(tokens=sum(len(rollouts[i].ids) for i in scored), sequences=len(scored))
@@ -98,7 +110,7 @@ class GrpoMethod(LogProbs):
         values = [s.value for s in scores if s.value is not None]
         metrics = {
             "reward": sum(values) / len(values) if values else math.nan,
-            "signal": sum(any(credit[i] for i in group) for group in groups(rollouts)) / len(prompts),
+            "signal": sum(any(credit[i] for i in group) for group in groups(rollouts)) / stage.batch_size,
             "length": generated / len(rollouts),
             "unparsed": sum(s.outcome == "unparsed" for s in scores) / len(scores),
             "unscored": 1 - len(scored) / len(scores),
@@ -116,6 +128,26 @@ class GrpoMethod(LogProbs):
         )
         self.now = Batch(rows, tuple((i,) for i in range(len(rows))), counts, metrics, samples, ledger)
         return self.now
+
+    def _rollouts(self, step: int) -> tuple[list[Rollout], Ledger]:
+        """The step's rollouts, once all those are asked for that the weights of now have to sample."""
+        digest = self.policy.digest()
+        for later in range(step, self.stage.steps, self.period):
+            if sampled_at(self.stage, later) == step:
+                self.asked[later] = digest, self._ask(later)
+        asked, answer = self.asked.pop(step)
+        rollouts, ledger = answer()
+        check_weights(rollouts, {asked})
+        return rollouts, ledger
+
+    def _ask(self, step: int) -> Answer:
+        stage, first = self.stage, step // self.period * self.stage.batch_size
+        prompts = [self.data.rows[s][i].example for s, i in self.order[first : first + stage.batch_size]]
+        question = prompts, stage.n, stage.sampling, derive(self.seed, stage.id, "step", step)
+        if isinstance(self.sampler, Ahead):
+            return self.sampler.request(*question)
+        found = self.sampler(*question)
+        return lambda: found
 
     def loss(
         self, batch: Batch, rows: Sequence[int], forest: Forest, logps_T: Tensor

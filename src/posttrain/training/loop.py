@@ -15,16 +15,16 @@ from typing import Any
 
 import torch
 
-from posttrain.forest import Forest, hidden_states, pack, share, split
+from posttrain.forest import Forest, hidden_states, pack
 from posttrain.models.cost import training_flops_per_token
 from posttrain.models.disk import write_text
 from posttrain.models.policy import Policy
 from posttrain.recipe.schema import StageBase
 from posttrain.records import Failure, Ledger, UserError, derive
 from posttrain.training import checkpoint, oracle
-from posttrain.training.batch import Batch, Method
-from posttrain.training.optim import adamw, clip, learning_rate, load_state, state_tensors
-from posttrain.training.world import ALONE, World
+from posttrain.training.batch import Batch, Method, interval, passes
+from posttrain.training.optim import AdamW, adamw, clip, learning_rate, load_state, state_tensors
+from posttrain.training.world import ALONE, World, local
 
 TIMES = ("seconds", "tokens_per_second")
 """Metrics that a repeated run does not repeat."""
@@ -70,7 +70,7 @@ def train(
     checked = not stage.check_first_step
     # A step counts from its row on. Before that of a step whose checkpoint is due, the former must be on the disk: so
     # what a kill costs is below two intervals, and an interval is half of what it may cost.
-    interval = max((stage.checkpoint_every + 1) // 2 // method.period, 1) * method.period
+    every = interval(stage.checkpoint_every, method.period)
     with checkpoint.Writer(checkpoints, world, rows=(metrics_path, samples_path, folder)) as writer:
         for step in range(start, stage.steps):
             began = time.perf_counter()
@@ -94,7 +94,7 @@ def train(
             if finite and batch.rows:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            sound = all(p.isfinite().all() for p in parameters.values())
+            sound = all(local(p).isfinite().all() for p in parameters.values())
             if not all(world.gather(sound)):  # then skipping helps no more
                 raise _nonfinite(folder, stage, step, "weights are NaN or infinite after it", batch)
 
@@ -113,7 +113,7 @@ def train(
                 "seconds": seconds,
             }
             done = step + 1
-            due = done % interval == 0 and done < stage.steps
+            due = done % every == 0 and done < stage.steps
             if due:
                 writer.wait()
             else:
@@ -166,21 +166,18 @@ def _gradient(
     """Leave the step's gradient in the parameters; returns the loss and the method's metrics, and the cost."""
     found: list[dict[str, float]] = []
     cost = Ledger()
-    plans = [
-        [[mine[u] for u in members] for members in split(batch.rows, [batch.units[u] for u in mine], budget)]
-        for mine in share(batch.rows, batch.units, world.size)
-    ]
-    for units in plans[world.rank]:
+    mine, idle = passes(batch.rows, batch.units, budget, world)
+    for units in mine:
         rows = [i for u in units for i in batch.units[u]]
         forest = pack([batch.rows[i] for i in rows])
-        outputs = method.forward(policy.model, forest, hidden_states)
+        outputs = policy.run(method.forward, forest, hidden_states)
         loss, stats = method.loss(batch, rows, forest, outputs)
         loss.backward()
         found.append({"loss": loss.item(), **stats})
         cost += _cost(policy, forest, sum(len(batch.rows[i]) for i in rows))
-    for _ in range(max(map(len, plans)) - len(plans[world.rank])):  # the others' passes need this worker's presence
+    for _ in range(idle):
         least = pack([min(batch.rows, key=len)])
-        (method.forward(policy.model, least, hidden_states).sum() * 0).backward()
+        (policy.run(method.forward, least, hidden_states).sum() * 0).backward()
     everyone = world.gather((found, cost))
     return _together([part for parts, _ in everyone for part in parts]), sum((c for _, c in everyone), Ledger())
 
@@ -207,7 +204,7 @@ def _cost(policy: Policy, forest: Forest, unrolled: int) -> Ledger:
 def _restore(
     checkpoints: Path,
     policy: Policy,
-    optimizer: torch.optim.Optimizer,
+    optimizer: AdamW,
     stage: StageBase,
     warn: Callable[[str], None],
     world: World,

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from posttrain.recipe.schema import Optim
 from posttrain.records import UserError
+from posttrain.training.world import local
 
 FUSED_DEVICES = {"cpu", "cuda"}
 MASTER = "master"
@@ -97,13 +100,24 @@ def clip(parameters: Iterable[Parameter], max_norm: float | None) -> Tensor:
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
         return torch.zeros(())
-    device = gradients[0].device
-    norms = [
-        torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)).to(device) for g in gradients
-    ]
-    norm = torch.linalg.vector_norm(torch.stack(norms))
+    norm = norm_of(gradients)
     if max_norm is not None and norm.isfinite() and norm > max_norm:
-        torch._foreach_mul_(gradients, (max_norm / norm).item())
+        torch._foreach_mul_([local(g) for g in gradients], (max_norm / norm).item())
+    return norm
+
+
+def norm_of(tensors: Sequence[Tensor]) -> Tensor:
+    """2-norm of all entries together, in float32 or better; those that other workers hold are counted."""
+    device = tensors[0].device
+    parts = [
+        torch.linalg.vector_norm(local(t), dtype=torch.promote_types(t.dtype, torch.float32)).to(device)
+        for t in tensors
+    ]
+    norm = torch.linalg.vector_norm(torch.stack(parts))
+    if isinstance(tensors[0], DTensor):
+        square = norm.square()
+        dist.all_reduce(square, group=tensors[0].device_mesh.get_group())
+        norm = square.sqrt()
     return norm
 
 

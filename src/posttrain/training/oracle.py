@@ -12,6 +12,7 @@ from posttrain.forest.logprobs import States
 from posttrain.models.policy import Policy
 from posttrain.records import Failure
 from posttrain.training.batch import Batch, Method
+from posttrain.training.optim import norm_of
 
 TOKENS = 512
 """Rows are taken up to about so many tokens, at least one unit."""
@@ -37,8 +38,8 @@ def compare(policy: Policy, method: Method, batch: Batch) -> dict[str, float]:
     packed, packed_gradient = _outputs_and_gradient(policy, method, forest, hidden_states)
     plain, plain_gradient = _outputs_and_gradient(policy, method, forest, unrolled_hidden_states)
     value = float((packed - plain).abs().max())
-    apart = torch.stack([(a - b).norm() for a, b in zip(packed_gradient, plain_gradient, strict=True)]).norm()
-    norm = torch.stack([g.norm() for g in plain_gradient]).norm()
+    apart = norm_of([a - b for a, b in zip(packed_gradient, plain_gradient, strict=True)])
+    norm = norm_of(plain_gradient)
     gradient = float(apart / norm) if norm else float(apart)
     dtype = next(policy.model.parameters()).dtype
     if not (value <= VALUE[dtype] and gradient <= GRADIENT[dtype]):
@@ -54,9 +55,10 @@ def compare(policy: Policy, method: Method, batch: Batch) -> dict[str, float]:
 def _outputs_and_gradient(
     policy: Policy, method: Method, forest: Forest, states: States
 ) -> tuple[Tensor, list[Tensor]]:
-    parameters = list(policy.parameters().values())
-    outputs = method.forward(policy.model, forest, states)
-    gradient = torch.autograd.grad(outputs.sum(), parameters, allow_unused=True)
-    return outputs.detach(), [
-        torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradient, strict=True)
-    ]
+    outputs = policy.run(method.forward, forest, states)
+    outputs.sum().backward()
+    gradient = []
+    for p in policy.parameters().values():
+        gradient.append(torch.zeros_like(p) if p.grad is None else p.grad)
+        p.grad = None
+    return outputs.detach(), gradient

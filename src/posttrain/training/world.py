@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 class World(Protocol):
@@ -48,3 +50,8 @@ class Distributed:
 
 
 ALONE = Alone()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this worker holds of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
