@@ -5,10 +5,10 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench constraints clean
+.PHONY: help demo test test-reliability bench constraints clean
 
 help:  ## What there is to make
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: $(STAMP)  ## Train the default model by recipes/quickstart.yaml; ends with the path of a report
 	$(BIN)/posttrain run recipes/quickstart.yaml --out runs/quickstart
@@ -18,6 +18,10 @@ test: $(STAMP)  ## Check style and types, run the tests
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2
+
+test-reliability: $(STAMP)  ## Kills, damage and full disks in the numbers of docs/reliability.md (minutes)
+	POSTTRAIN_RELIABILITY=full OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 \
+	  tests/test_reliability.py tests/test_training_checkpoint.py tests/test_training_shards.py
 
 bench: $(STAMP)  ## Measure against TRL, generate and the machine itself (45 minutes; leave the machine alone)
 	$(BIN)/python benchmarks/run.py; code=$$?; $(BIN)/python docs/render.py; exit $$code

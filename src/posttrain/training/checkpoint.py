@@ -198,7 +198,9 @@ def _piece(tensor: Tensor, leads: bool) -> Piece | None:
     if any(at != 0 for at, placement in zip(position, tensor.placements, strict=True) if placement.is_replicate()):
         return None
     start, stop = _span(tensor)
-    return Piece(tensor.to_local(), start, tensor.shape[0]) if start < stop else None
+    if start == stop and any(position):  # the first stores a tensor that has no rows at all
+        return None
+    return Piece(tensor.to_local(), start, tensor.shape[0])
 
 
 def _span(tensor: DTensor) -> tuple[int, int]:
