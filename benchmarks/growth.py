@@ -79,7 +79,7 @@ def curve(name: str, quick: bool) -> dict[str, Any]:
         ours, theirs = (_seconds(functools.partial(step, model, rows)) for step in (packed, padded))
         found.append({"x": x, "posttrain": ours, "padded": theirs})
         print(f"{name:7} {x:>5}: {ours:7.3f} s packed, {theirs:7.3f} s padded, {theirs / ours:5.2f} times", flush=True)
-    return {"axis": axis, "unit": "s", "points": found}
+    return {"axis": axis, "unit": "seconds a step", "points": found}
 
 
 @functools.lru_cache(1)

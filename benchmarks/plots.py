@@ -11,6 +11,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, StrMethodFormatter
 from measured import Row
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,7 +56,7 @@ def speeds(rows: list[Row]) -> Figure:
         low, high = row["spread"]
         axes.barh(y, row["value"], height=0.45, color=OURS)
         axes.plot([low, high], [y, y], color="black", linewidth=1)
-        axes.plot([row["at_least"]] * 2, [y - 0.35, y + 0.35], color=GOAL, linewidth=2)
+        axes.plot([row["at_least"]] * 2, [y - 0.22, y + 0.22], color=GOAL, linewidth=2)
         axes.text(0, y + 0.3, f" {what}, against {ENDINGS.get(against, against)}", va="bottom", fontsize=7)
     axes.set_yticks([])
     axes.set_ylim(-0.5, len(goals) - 0.2)
@@ -77,6 +78,8 @@ def curve(found: dict[str, Any]) -> Figure:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(xs, [f"{x:,}" for x in xs])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.minorticks_off()
     axes.set_xlabel(found["axis"])
     axes.set_ylabel(found["unit"])

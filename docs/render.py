@@ -1,7 +1,8 @@
 """Write the tables of README.md and docs/*.md from where their content is the truth.
 
-`<!-- measured:NAME -->` begins the table of docs/measured/NAME.json; `<!-- reference:keys -->` that of the recipe's
-keys and `<!-- reference:shapes -->` that of the row shapes, both from the code. With --check nothing is written, and
+`<!-- measured:NAME -->` begins the table of docs/measured/NAME.json, `<!-- required:NAME -->` that of its rows with a
+requirement; `<!-- reference:keys -->` the table of the recipe's keys and `<!-- reference:shapes -->` that of the row
+shapes, both from the code. With --check nothing is written, and
 the exit code is 1 where a page is out of date.
 """
 
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCK = re.compile(r"(<!-- (measured|reference):(\w+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (measured|required|reference):(\w+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 
 def pages() -> list[Path]:
@@ -27,8 +28,7 @@ def rendered(text: str) -> str:
 
     def fill(match: re.Match[str]) -> str:
         kind, name = match[2], match[3]
-        content = REFERENCE[name]() if kind == "reference" else measured_table(_measured(name))
-        return f"{match[1]}{content}{match[4]}"
+        return f"{match[1]}{CONTENT[kind](name)}{match[4]}"
 
     return BLOCK.sub(fill, text)
 
@@ -85,6 +85,13 @@ def shapes_table() -> str:
 REFERENCE = {"keys": keys_table, "shapes": shapes_table}
 
 
+CONTENT = {
+    "measured": lambda name: measured_table(_measured(name)),
+    "required": lambda name: measured_table([row for row in _measured(name) if "met" in row]),
+    "reference": lambda name: REFERENCE[name](),
+}
+
+
 def _measured(name: str) -> list[dict[str, Any]]:
     return json.loads((ROOT / "docs" / "measured" / f"{name}.json").read_text(encoding="utf-8"))
 
@@ -106,7 +113,7 @@ def _value(value: float, unit: str) -> str:
             return f"{value:.2f} times"
         case "GB":
             return f"{value:.1f} GB"
-    return f"{value:,.0f} {unit}"
+    return f"{value:,.0f} {unit}" if value >= 10 else f"{value:.2f} {unit}"
 
 
 def _interval(row: dict[str, Any]) -> str:
