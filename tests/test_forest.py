@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import ARCHS, tiny_model
 
-from posttrain.forest import Row, grow, pack, split, token_logprobs, unrolled_logprobs
+from posttrain.forest import Row, grow, pack, share, split, token_logprobs, unrolled_logprobs
 from posttrain.forest.logprobs import check_head
 from posttrain.forest.tree import MIN_SHARED
 
@@ -252,3 +252,31 @@ def test_a_frozen_head_and_a_trained_one_give_the_same(monkeypatch, arch, temper
     for name, gradient in found[1][1].items():
         if gradient is not None:
             torch.testing.assert_close(found[0][1][name], gradient, rtol=1e-9, atol=1e-10)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), workers=st.integers(1, 5))
+def test_shares_hold_every_unit_once_and_contexts_whole(seed, workers):
+    rng = random.Random(seed)
+    contexts = [tuple(rng.choices(range(9), k=rng.randint(1, 30))) for _ in range(rng.randint(1, 6))]
+    rows = [
+        Row(rng.choice(contexts), (1,) * (n := rng.randint(1, 20)), (True,) * n) for _ in range(2 * rng.randint(1, 10))
+    ]
+    units = [(i,) for i in range(len(rows))]
+    shares = share(rows, units, workers)
+    assert len(shares) == workers
+    assert sorted(u for part in shares for u in part) == list(range(len(units)))
+    places = {}
+    for worker, part in enumerate(shares):
+        for u in part:
+            places.setdefault(rows[u].context, set()).add(worker)
+    if len(places) >= workers:
+        assert all(len(where) == 1 for where in places.values())
+        assert all(shares)
+
+
+def test_shares_are_even():
+    """Sixteen rows of 10 to 160 tokens: the two halves differ by less than the shortest row."""
+    rows = [Row((i,) * 5 * i, (1,) * 5 * i, (True,) * 5 * i) for i in range(1, 17)]
+    loads = [sum(len(rows[u]) for u in part) for part in share(rows, [(i,) for i in range(16)], 2)]
+    assert abs(loads[0] - loads[1]) <= 10
