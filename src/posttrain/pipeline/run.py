@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from posttrain.monitors.checks import watch_evals, watch_held_out, watch_stage
 from posttrain.pipeline.folder import alone, environment, read_json, read_rows, write_json, write_rows
 from posttrain.pipeline.gates import decide
 from posttrain.pipeline.progress import Progress
-from posttrain.pipeline.stages import Say, run_stage, stage_data
+from posttrain.pipeline.stages import Job, Say, Trainer, run_stage, stage_data, train_here
 from posttrain.recipe.load import load as load_recipe
 from posttrain.recipe.load import resolved
 from posttrain.recipe.schema import Recipe, RewardModel, StageBase
@@ -45,8 +46,12 @@ class Result:
     summary: dict[str, Any]
 
 
-def run(recipe_path: Path, overrides: Sequence[str] = (), out: Path | None = None) -> Result:
+def run(
+    recipe_path: Path, overrides: Sequence[str] = (), out: Path | None = None, trainer: Trainer = train_here
+) -> Result:
     """Do what the recipe says. Finished stages are skipped, an unfinished one goes on from its last checkpoint.
+
+    `trainer` trains the stages; all else is done in this process.
 
     Raises:
         UserError: the recipe, its data or its model cannot be used, or the folder holds another run.
@@ -58,7 +63,7 @@ def run(recipe_path: Path, overrides: Sequence[str] = (), out: Path | None = Non
         write_text(folder / "recipe.yaml", recipe_path.read_text(encoding="utf-8"))
         write_json(folder / "resolved.json", recipe.model_dump(mode="json", by_alias=True))
         write_json(folder / "environment.json", environment())
-        _do(recipe, folder, say)
+        _do(recipe, folder, say, trainer)
         evals = _collect(recipe, folder)
         write_json(folder / "evals.json", evals)
         write_json(folder / "monitors.json", {"rows": _watch(recipe, folder, evals)})
@@ -69,24 +74,34 @@ def run(recipe_path: Path, overrides: Sequence[str] = (), out: Path | None = Non
     return Result(folder, report, gates, all(gate["met"] for gate in gates), summary)
 
 
-def _do(recipe: Recipe, folder: Path, say: Say) -> None:
+def _do(recipe: Recipe, folder: Path, say: Say, trainer: Trainer) -> None:
     """The stages, each measured when it is done. Every model is read back from where it was saved."""
     model = recipe.model
 
-    def load_stage(name: str) -> Policy:
+    def loader(name: str) -> Callable[[], Policy]:
         gc.collect()  # the model before this one may go now
         if name != BASE:
-            return load(str(folder / "stages" / name / "artifact"), adapter=model.adapter, dtype=model.dtype)
-        return load(
+            return partial(
+                load,
+                str((folder / "stages" / name / "artifact").resolve()),
+                adapter=model.adapter,
+                dtype=model.dtype,
+                device=model.device,
+                compile=model.compile,
+            )
+        return partial(
+            load,
             model.source,
             adapter=model.adapter,
             dtype=model.dtype,
+            device=model.device,
+            compile=model.compile,
             revision=model.revision,
             chat_template=model.chat_template,
             seed=derive(recipe.seed, "adapter"),
         )
 
-    policy = load_stage(BASE)
+    policy = loader(BASE)()
     if why := unsupported(policy.model):
         say.line(f"no shared prefixes: {why}")
     check_head(policy.model)
@@ -96,12 +111,13 @@ def _do(recipe: Recipe, folder: Path, say: Say) -> None:
     data = {stage.id: stage_data(stage, policy, held_out) for stage in recipe.stages}
     measure = _Measure(recipe, folder, exam, policy.snapshot(), say)
     measure(BASE, policy)
+    del policy  # its memory is needed
     before = BASE
     for stage in recipe.stages:
-        policy = load_stage(stage.from_ or before)
-        run_stage(stage, policy, data.pop(stage.id), folder / "stages" / stage.id, recipe.seed, say)
+        start, place = loader(stage.from_ or before), (folder / "stages" / stage.id).resolve()
+        run_stage(Job(stage, start, data.pop(stage.id), place, recipe.seed), say, trainer)
         if _writes(stage):
-            measure(stage.id, load_stage(stage.id))
+            measure(stage.id, loader(stage.id)())
         before = stage.id
 
 

@@ -7,8 +7,9 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from posttrain.data.chat import Rendered, Renderer
 from posttrain.data.prepare import Prepared, prepare
@@ -28,6 +29,7 @@ from posttrain.training.grpo import GrpoMethod
 from posttrain.training.loop import peak_memory, train
 from posttrain.training.reward import RewardMethod, ends, hold_out, preferred
 from posttrain.training.sft import SftMethod
+from posttrain.training.world import ALONE, World
 
 PROOF = 16
 """Examples of each task on which its verifier must prove itself before it may train."""
@@ -39,6 +41,38 @@ class Say:
 
     line: Callable[[str], None]
     step: Callable[[StageBase, dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A stage's training, in a form that can be sent to other processes and machines."""
+
+    stage: Stage
+    load: Callable[[], Policy]
+    """The model it starts from."""
+    data: Prepared
+    folder: Path
+    seed: int
+
+
+class Trainer(Protocol):
+    """Where training takes place."""
+
+    def __call__(self, job: Job, start: Policy, say: Say) -> tuple[Ledger, dict[str, Any]]:
+        """Train `start`, which is what `job.load` gives, in place; returns the cost and facts worth recording."""
+
+
+def train_here(job: Job, start: Policy, say: Say) -> tuple[Ledger, dict[str, Any]]:
+    """In this process."""
+    return learn(job, start, say, LocalSampler(start, Renderer(start.tokenizer, system=job.stage.data.system)))
+
+
+def learn(job: Job, start: Policy, say: Say, sampler: Sampler, world: World = ALONE) -> tuple[Ledger, dict[str, Any]]:
+    """The part of a `Trainer` that each worker of `world` calls with its `start`."""
+    stage = job.stage
+    method, before, facts = _method(job, start, sampler, world)
+    ledger = train(start, method, stage, job.folder, job.seed, lambda row: say.step(stage, row), say.line, world)
+    return before + ledger, facts
 
 
 def stage_data(stage: StageBase, policy: Policy, held_out: frozenset[str]) -> Prepared:
@@ -58,12 +92,14 @@ def stage_data(stage: StageBase, policy: Policy, held_out: frozenset[str]) -> Pr
     return data
 
 
-def run_stage(stage: Stage, start: Policy, data: Prepared, folder: Path, seed: int, say: Say) -> None:
-    """Train `start` into `folder/artifact` and write `folder/stage.json`; do nothing where that is finished.
+def run_stage(job: Job, say: Say, trainer: Trainer = train_here) -> None:
+    """Train into `job.folder/artifact` and write `job.folder/stage.json`; do nothing where that is finished.
 
     Raises:
         UserError: the folder holds a stage with other inputs, or no pair could be made.
     """
+    stage, data, folder, seed = job.stage, job.data, job.folder, job.seed
+    start = job.load()
     config = stage.model_dump(mode="json", by_alias=True)
     record = read_json(folder / "stage.json")
     inputs = {"model": start.digest(), "data": data.report["digest"], "config": digest([config, seed])}
@@ -85,10 +121,11 @@ def run_stage(stage: Stage, start: Policy, data: Prepared, folder: Path, seed: i
 
     held: list[Rendered] = []
     if isinstance(stage, RewardModel):
-        start = reward_model(start, ends(data), derive(seed, stage.id, "head"))
+        head = ends(data), derive(seed, stage.id, "head")
+        start = reward_model(start, *head)
         data, held = hold_out(stage, data)
-    method, before, facts = _method(stage, start, data, folder, seed)
-    ledger = before + train(start, method, stage, folder, seed, on_step=lambda row: say.step(stage, row), warn=say.line)
+        job = Job(stage, partial(_headed, job.load, *head), data, folder, seed)
+    ledger, facts = trainer(job, start, say)
     artifact = start.save(folder / "artifact")
     if held:
         facts |= {"held_out": _held_out(start, held, stage)}
@@ -120,29 +157,33 @@ def _held_out(policy: Policy, held: list[Rendered], stage: StageBase) -> dict[st
     return {"n": len(held), "accuracy": sum(right) / len(held), "interval": list(wilson(sum(right), len(held)))}
 
 
-def _method(
-    stage: Stage, start: Policy, data: Prepared, folder: Path, seed: int
-) -> tuple[Method, Ledger, dict[str, Any]]:
+def _headed(load: Callable[[], Policy], ends: set[int], seed: int) -> Policy:
+    return reward_model(load(), ends, seed)
+
+
+def _method(job: Job, start: Policy, sampler: Sampler, world: World) -> tuple[Method, Ledger, dict[str, Any]]:
     """The stage's method, what preparing it cost, and what is worth recording of that."""
+    stage, data, folder, seed = job.stage, job.data, job.folder, job.seed
     if isinstance(stage, Sft):
         return SftMethod(stage, data, seed), Ledger(), {}
     if isinstance(stage, RewardModel):
         return RewardMethod(stage, data, seed), Ledger(), {"pairs": sum(map(len, data.rows))}
-    renderer = Renderer(start.tokenizer, system=stage.data.system)
-    sampler: Sampler = LocalSampler(start, renderer)
     if isinstance(stage, Grpo):
         if stage.endpoint is not None:
+            renderer = Renderer(start.tokenizer, system=stage.data.system)
             sampler = EndpointSampler(start, renderer, stage.endpoint, folder / "served")
-        return GrpoMethod(stage, data, start, sampler, score, seed), Ledger(), {}
+        return GrpoMethod(stage, data, start, sampler, score, seed, world), Ledger(), {}
     kept, cost = folder / "pairs.jsonl", folder / "pairs.json"
-    if not cost.is_file():
+    if not world.gather(cost.is_file())[0]:
         facts: dict[str, Any] = {}
         if stage.on_policy is None:
-            ledger, pairs = Ledger(), pairs_from_data(start, stage, data, seed)
+            ledger, pairs = Ledger(), pairs_from_data(start, stage, data, seed, world)
         else:
-            pairs, ledger, facts = pairs_on_policy(start, stage, data, sampler, score, seed)
-        write_pairs(kept, pairs)
-        write_json(cost, {"ledger": asdict(ledger), "facts": facts})
+            pairs, ledger, facts = pairs_on_policy(start, stage, data, sampler, score, seed, world)
+        if world.rank == 0:
+            write_pairs(kept, pairs)
+            write_json(cost, {"ledger": asdict(ledger), "facts": facts})
+        world.gather(None)  # nobody reads before it is written
     pairs = read_pairs(kept, len(data.rows))
     made = json.loads(cost.read_text())
     return DpoMethod(stage, data, seed, pairs), Ledger(**made["ledger"]), made["facts"]
