@@ -132,18 +132,25 @@ def load(
     revision: str | None = None,
     chat_template: str | None = None,
     seed: int = 0,
+    device: str = "auto",
 ) -> Policy:
     """The model that `source` names: a directory, a hub id, a .gguf file, `pip:PACKAGE/FILE`, or what `save` wrote.
 
     `adapter` trains a low-rank adapter in place of all weights; its dropout fires inside
     `with policy.adapter_dropout():` and nowhere else. `chat_template` is `chatml` or a Jinja file, in place of the
-    model's own. `seed` is of the adapter's first values and of the completions.
+    model's own. `seed` is of the adapter's first values and of the completions. `device` is `auto`, `cpu` or `cuda`.
 
     Raises:
         UserError: the source cannot be had or used.
     """
     policy = models.load(
-        source, adapter=adapter, dtype=dtype, revision=revision, chat_template=chat_template, seed=seed
+        source,
+        adapter=adapter,
+        dtype=dtype,
+        revision=revision,
+        chat_template=chat_template,
+        seed=seed,
+        device=device,
     )
     return Policy.of(policy, seed)
 

@@ -27,6 +27,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from posttrain.machine import tune
+from posttrain.models import place
 from posttrain.models.disk import staged
 from posttrain.models.lora import fuse
 from posttrain.models.quiet import quiet
@@ -237,6 +238,8 @@ def load(
     chat_template: str | None = None,
     seed: int = 0,
     attn_implementation: str | None = None,
+    device: str = "auto",
+    compile: bool = False,
 ) -> Policy:
     """The policy that `source` names, in a process that `machine.tune` has set up.
 
@@ -248,16 +251,21 @@ def load(
         chat_template: `chatml` or a Jinja file, in place of the model's own.
         seed: of the adapter's first values.
         attn_implementation: None is sdpa, or eager where the model's attention has what sdpa lacks (Gemma 2).
+        device: `auto`, `cpu` or `cuda`.
+        compile: see `place.compile_layers`.
 
     Raises:
         UserError: the source cannot be had or used; the base of an adapter changed; the template has no end
-            of turn in this vocabulary.
+            of turn in this vocabulary; there is no such device, or no compiler.
     """
     tune()
+    at = place.device(device)
     folder = resolve(source, revision)
     _refuse_reward_model(folder)
     if not (folder / "adapter_config.json").is_file():
-        model = _base_model(folder, source, dtype, attn_implementation)
+        model = _base_model(folder, source, dtype, attn_implementation).to(at)
+        if compile:
+            place.compile_layers(model)
         tokenizer = _tokenizer(folder, chat_template)
         origin = _lasting(source)
         return attach(model, tokenizer, source=origin, revision=revision, adapter=adapter, seed=seed)
@@ -265,7 +273,9 @@ def load(
     record = _record(folder)
     origin, revision = _base_of(folder, record)
     base = resolve(origin, revision)
-    model = _base_model(base, origin, dtype, attn_implementation)
+    model = _base_model(base, origin, dtype, attn_implementation).to(at)
+    if compile:
+        place.compile_layers(model)
     digest = weights_digest(dict(model.named_parameters()))
     if record and record["dtype"] == dtype and record["base_digest"] != digest:
         raise UserError(f"{folder}: was trained on other weights than {origin} now holds; restore that base")
