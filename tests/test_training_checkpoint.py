@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import random
 import resource
 import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import wait
 from pathlib import Path
 
 import pytest
@@ -132,43 +135,6 @@ def test_leftovers_of_a_killed_save_go_at_the_next(tmp_path):
     assert names(tmp_path) == {"step-000001", LATEST}
 
 
-def damage_newest(folder: Path, damage: str, rng: random.Random) -> Path:
-    """Flip one bit of, or cut, one file of the newest checkpoint, LATEST included; each file equally often."""
-    files = [*sorted((folder / "step-000020").iterdir()), folder / LATEST]
-    path = rng.choice(files)
-    data = bytearray(path.read_bytes())
-    if damage == "flip":
-        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    else:
-        data = data[: rng.randrange(len(data))]
-    path.write_bytes(data)
-    return path
-
-
-@pytest.mark.parametrize(("damage", "times"), [("flip", 200), ("truncate", 100)])
-def test_damage_is_always_noticed_and_the_previous_one_used(tmp_path, damage, times):
-    rng = random.Random(0)
-    put(tmp_path / "sound", 10)
-    put(tmp_path / "sound", 20)
-    for i in range(times):
-        folder = shutil.copytree(tmp_path / "sound", tmp_path / str(i))
-        path = damage_newest(folder, damage, rng)
-        warnings: list[str] = []
-        found = step_of(folder, warnings)
-        assert warnings, path
-        if path.name == LATEST:  # only the pointer is lost
-            assert found == 20
-            assert names(folder) == {"step-000010", "step-000020", LATEST}
-        else:
-            assert found == 10
-            (kept,) = [name for name in names(folder) if name.startswith("damaged-step-000020-")]
-            assert len(names(folder / kept)) == 3
-            assert any(kept in warning for warning in warnings)
-            assert any("step-000010" in warning for warning in warnings)
-        put(folder, 30)
-        assert step_of(folder) == 30
-
-
 @pytest.mark.parametrize("name", ["tensors-00000.safetensors", "state.json", "manifest.json"])
 def test_a_missing_file_is_noticed(tmp_path, name):
     put(tmp_path, 10)
@@ -259,15 +225,16 @@ def test_killed_between_any_two_file_operations(tmp_path, steps, new, done):
         assert len(names(folder)) <= 3
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS], ids=errno.errorcode.get)
 @pytest.mark.parametrize(("steps", "new"), SITUATIONS)
-def test_an_error_at_any_file_operation_leaves_the_old_one_and_no_rest(tmp_path, steps, new):
+def test_an_error_at_any_file_operation_leaves_the_old_one_and_no_rest(tmp_path, steps, new, number):
     for n in range(1, operations(tmp_path / "count", steps, new, WRITING) + 1):
         folder = tmp_path / str(n)
         for step in steps:
             put(folder, step)
         with pytest.MonkeyPatch.context() as patch:
-            fail_at(patch, n, OSError(28, "No space left on device"), WRITING)
-            with pytest.raises(UserError, match=r"No space left on device.*bytes") as caught:
+            fail_at(patch, n, OSError(number, os.strerror(number)), WRITING)
+            with pytest.raises(UserError, match=rf"{os.strerror(number)}.*bytes") as caught:
                 put(folder, new)
         assert str(folder) in str(caught.value)
         assert not any(name.startswith("tmp-") for name in names(folder))
@@ -310,3 +277,87 @@ def test_state_that_json_cannot_hold_exactly_is_refused_before_anything_is_writt
     with pytest.raises(ValueError, match="JSON"):
         save(tmp_path / "new", 1, {}, {"loss": float("nan")})
     assert not (tmp_path / "new").exists()
+
+
+# Beside the training
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """`save_file` waits until it is let go; afterwards it does not."""
+    go = threading.Event()
+    real = checkpoint.save_file
+
+    def save_file(*args):
+        assert go.wait(60)
+        real(*args)
+
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    yield go
+    go.set()
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_changes_nothing_in_it(tmp_path, slow_disk):
+    tensors, state = content(10)
+    with Writer(tmp_path) as writer:
+        writer.save(10, tensors, state)
+        writer.check()
+        for tensor in tensors.values():
+            tensor.zero_()
+        state["name"] = "another"
+        assert step_of(tmp_path) is None
+        slow_disk.set()
+    assert step_of(tmp_path) == 10
+
+
+def test_one_is_written_at_a_time_and_into_the_same_memory(tmp_path, slow_disk):
+    with Writer(tmp_path) as writer:
+        writer.save(10, *content(10))
+        held = {name: buffer.data_ptr() for name, buffer in writer._buffers.items()}
+        threading.Timer(0.2, slow_disk.set).start()
+        writer.save(20, *content(20))
+        assert (tmp_path / LATEST).read_text().startswith("step-000010 ")
+        assert {name: buffer.data_ptr() for name, buffer in writer._buffers.items()} == held
+    assert step_of(tmp_path) == 20
+
+
+def test_what_goes_wrong_in_the_thread_is_told_at_the_next_step(tmp_path, monkeypatch):
+    def save_file(*args):
+        raise OSError(28, "No space left on device")
+
+    put(tmp_path, 10)
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+
+    def told(how: Callable[[Writer], object]) -> None:
+        with Writer(tmp_path) as writer:
+            writer.save(20, *content(20))
+            wait([writer._writing])
+            how(writer)
+            assert how is nothing  # that one is told when the block ends
+
+    def nothing(writer: Writer) -> None:
+        pass
+
+    for how in (Writer.check, Writer.wait, lambda writer: writer.save(30, *content(30)), nothing):
+        with pytest.raises(UserError, match="step 20"):
+            told(how)
+    monkeypatch.undo()
+    assert step_of(tmp_path) == 10
+
+
+def test_rows_are_on_the_disk_before_the_checkpoint_that_knows_of_them(tmp_path, monkeypatch):
+    rows = tmp_path / "metrics.jsonl"
+    rows.write_text("{}\n")
+    flushed: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    with Writer(tmp_path / "checkpoints", rows=(rows, tmp_path)) as writer:
+        writer.save(10, *content(10))
+    assert flushed[:2] == [str(rows), str(tmp_path)]
+    assert flushed[-1] == str(tmp_path / "checkpoints")
+
+
+def test_an_error_of_the_training_is_not_hidden_by_one_of_the_last_save(tmp_path, monkeypatch):
+    fail_at(monkeypatch, 1, OSError(28, "No space left on device"), ("rename",))
+    with pytest.raises(ZeroDivisionError), Writer(tmp_path) as writer:  # noqa: PT012
+        writer.save(10, *content(10))
+        raise ZeroDivisionError
