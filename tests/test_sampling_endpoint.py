@@ -191,7 +191,7 @@ class Setting:
 
     def sampler(self, **settings: Any) -> EndpointSampler:
         return EndpointSampler(
-            self.policy, RENDERER, Endpoint(url=self.url, kind=self.kind, **settings), self.folder / "served"
+            self.policy, RENDERER, Endpoint(url=self.url, engine=self.kind, **settings), self.folder / "served"
         )
 
     @property
@@ -345,7 +345,7 @@ def test_a_load_that_only_seemed_to_fail_is_not_one(setting):
 
 def test_nobody_there(tmp_path):
     sampler = EndpointSampler(
-        tiny_policy(adapter=Lora(r=2)), RENDERER, Endpoint(url="http://127.0.0.1:9", kind="vllm", retries=1), tmp_path
+        tiny_policy(adapter=Lora(r=2)), RENDERER, Endpoint(url="http://127.0.0.1:9", engine="vllm", retries=1), tmp_path
     )
     with pytest.raises(Failure, match="did not answer"):
         sampler(asked()[:1], 2, PLAIN, 0)
@@ -459,7 +459,7 @@ def test_log_probabilities_of_another_kind_are_refused(setting, reports, tempera
 
 def test_vllm_takes_adapters_only(tmp_path):
     with pytest.raises(UserError, match="train an adapter"):
-        EndpointSampler(tiny_policy(), RENDERER, Endpoint(url="http://x", kind="vllm"), tmp_path)
+        EndpointSampler(tiny_policy(), RENDERER, Endpoint(url="http://x", engine="vllm"), tmp_path)
 
 
 def test_a_refusal_says_what_the_server_said_and_where_the_key_goes(setting, monkeypatch):

@@ -212,7 +212,7 @@ class Endpoint(Block):
     variable POSTTRAIN_ENDPOINT_KEY."""
 
     url: str = Field(pattern=r"^https?://", description="Where it answers, without /v1: http://gpu7:8000.")
-    kind: Literal["vllm", "sglang"] = Field(description="What it runs; vllm only where an adapter is trained.")
+    engine: Literal["vllm", "sglang"] = Field(description="What it runs; vllm only where an adapter is trained.")
     timeout_s: float = Field(600.0, gt=0, description="Seconds to wait for one answer.")
     retries: int = Field(5, ge=0, description="Further attempts where it is busy, restarting or cut off.")
 

@@ -79,7 +79,7 @@ class EndpointSampler:
         """Where weights are put for the server to load."""
         server = Server(endpoint)
         adapter = policy.adapter is not None
-        self.engine: Engine = Vllm(server, adapter) if endpoint.kind == "vllm" else Sglang(server, adapter)
+        self.engine: Engine = Vllm(server, adapter) if endpoint.engine == "vllm" else Sglang(server, adapter)
         self.eos = sorted(policy.eos_ids)
         self.served: str | None = None
         self.reports: str | None = None
@@ -281,7 +281,7 @@ class Vllm:
         if not adapter:
             raise UserError(
                 "endpoint: vLLM cannot say which weights a whole model has; train an adapter (model.adapter), or use "
-                "kind: sglang"
+                "engine: sglang"
             )
         self.server = server
 
@@ -394,7 +394,7 @@ def _protocol() -> Iterator[None]:
         yield
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Failure(
-            f"endpoint: an answer is not of the form expected ({type(error).__name__}: {error}); is `kind` right, and "
+            f"endpoint: an answer is not of the form expected ({type(error).__name__}: {error}); is `engine` right? Is "
             "the server recent enough to return token ids and log-probabilities?"
         ) from error
 
