@@ -278,15 +278,10 @@ def test_grpo_trains_on_them_as_on_its_own(setting):
 
 def test_grpo_refuses_rollouts_of_other_weights():
     policy = tiny_policy()
-    local = LocalSampler(policy, RENDERER)
-
-    def stale(*args):
-        rollouts, ledger = local(*args)
-        moved(policy, 1)
-        return rollouts, ledger
-
+    behind = LocalSampler(tiny_policy(), RENDERER)
+    moved(policy, 1)
     with pytest.raises(Failure, match="did not get the policy's weights"):
-        grpo(policy, stage_of("grpo"), sampler=stale).batch(0)
+        grpo(policy, stage_of("grpo"), sampler=behind).batch(0)
 
 
 def server_error(handler, reply):
