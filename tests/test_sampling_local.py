@@ -11,6 +11,7 @@ from tiny import ARCHS, tiny_policy
 from transformers import GenerationConfig
 
 from posttrain.forest import Row, pack, token_logprobs
+from posttrain.forest.attention import decoder
 from posttrain.recipe.schema import Lora, Sampling
 from posttrain.records import Example, UserError
 from posttrain.sampling.choose import choose, cut, draws
@@ -48,7 +49,7 @@ def sharp(arch: str, **config):
     """A tiny policy whose next token is not all but uniform."""
     policy = tiny_policy(arch, tie_word_embeddings=False, **config)
     with torch.no_grad():
-        policy.model.get_output_embeddings().weight.mul_(40)
+        decoder(policy.model).get_output_embeddings().weight.mul_(40)
     return policy
 
 
@@ -92,6 +93,23 @@ def test_a_completion_does_not_depend_on_its_neighbours(arch):
     naive._decode = naive._decode_naively
     assert [r.ids for r in naive(PROMPTS, 4, sampling, seed=7)[0]] == want
     assert len(set(want)) > len(PROMPTS)
+
+
+@pytest.mark.parametrize("speculate", [0, 3])
+def test_rows_that_end_at_any_time_are_filled_again(speculate):
+    """A third of all tokens end a completion, many at once: rows move, rooms grow and shrink, prompts come and go."""
+    policy = sharp("qwen3", adapter=Lora(r=2))
+    policy.__dict__["eos_ids"] = frozenset(range(0, 320, 3))
+    words, sampling = Words(policy.tokenizer), Sampling(temperature=2.0, max_new_tokens=40, speculate=speculate)
+    prompts = PROMPTS * 3 + ask("The lazy dog does not mind. " * 6, "T")
+    naive = LocalSampler(policy, words)
+    naive._decode = naive._decode_naively
+    want, _ = naive(prompts, 3, sampling, seed=2)
+    assert {len(r.ids) for r in want} >= {1, 2, 3}
+    for rows in (2, 7, 20, 128):
+        assert [r.ids for r in LocalSampler(policy, words, rows)(prompts, 3, sampling, seed=2)[0]] == [
+            r.ids for r in want
+        ]
 
 
 def test_lengths_stop_and_context():
@@ -138,6 +156,20 @@ def test_draws_are_distributed_as_the_probabilities():
     torch.testing.assert_close(logps, p.log()[ids])
 
 
+@pytest.mark.parametrize("vocabulary", [5, 128, 300, 1024])
+@pytest.mark.parametrize("cuts", [{}, {"top_k": 7}, {"top_p": 0.8}, {"min_p": 0.05}])
+def test_a_draw_by_blocks_is_the_plain_inverse(vocabulary, cuts):
+    torch.manual_seed(0)
+    logits_BV, uniform_B = 3 * torch.randn(500, vocabulary), torch.rand(500, dtype=torch.float64)
+    sampling = Sampling(temperature=0.9, **cuts)
+    ids_B, logps_B = choose(logits_BV, uniform_B, sampling)
+    logps_BV = (logits_BV / 0.9).log_softmax(-1)
+    torch.testing.assert_close(logps_B, logps_BV.gather(1, ids_B[:, None]).squeeze(1))
+    cdf_BV = cut(logps_BV.double().exp(), sampling).cumsum(-1)
+    want_B = torch.searchsorted(cdf_BV, uniform_B[:, None] * cdf_BV[:, -1:], right=True).squeeze(1)
+    assert (ids_B != want_B).sum() == 0
+
+
 def test_edges_of_the_draw_never_give_an_impossible_token():
     p = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]])
     for u, want in ((0.0, 1), (0.499, 1), (0.5, 3), (1 - 1e-12, 3), (1.0, 3)):
@@ -156,9 +188,7 @@ def test_cuts_keep_what_they_say():
 
 
 def test_an_adapter_changes_what_is_written():
-    policy = tiny_policy("llama", adapter=Lora(r=2), tie_word_embeddings=False)
-    with torch.no_grad():
-        policy.model.get_base_model().get_output_embeddings().weight.mul_(40)
+    policy = sharp("llama", adapter=Lora(r=2))
     words, sampling = Words(policy.tokenizer), Sampling(temperature=0, max_new_tokens=16)
     before = LocalSampler(policy, words)(PROMPTS, 1, sampling, seed=0)[0]
     with torch.no_grad():

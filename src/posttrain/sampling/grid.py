@@ -4,10 +4,9 @@ A prompt's keys and values stand once, however many completions look at them. At
 to a completion's own tokens are two batched products, joined by the two masses that their softmaxes would divide by
 (the merge of FlashAttention, 2205.14135, and of shared-prefix decoding, Hydragen, 2402.05099).
 
-Letters beside the common ones: B completions being written, each one row of the batch; P prompts with a place; Q
-tokens of a row in one step (more than one where tokens are drafted); L and N tokens that there is room for
-in each prompt's place and in each row;
-Hkv key heads, each serving r of the H query heads, of d channels.
+Letters beside the common ones: B completions being written, each one row of the batch; P prompts with a place; G rows
+of the fullest place; Q tokens of a row in one step (more than one where tokens are drafted); L and N tokens that there
+is room for in each place and in each row; Hkv key heads, each serving r of the H query heads, of d channels.
 """
 
 from __future__ import annotations
@@ -41,7 +40,8 @@ class Cache:
     """Keys and values of sequences side by side, for every layer: two [sequences, Hkv, tokens, d].
 
     Sequences in use always stand first, so that a slice holds them all; how many there are, and how long each is, its
-    users know. Attention reads all of `tokens`, with a mask: products over contiguous keys are twice as fast.
+    users know. Attention reads all the tokens there is room for, under a mask: over a part of them, which is not
+    contiguous, its products take twice as long.
     """
 
     def __init__(self) -> None:
@@ -214,9 +214,7 @@ def _join(a: Part, b: Part, sinks: Tensor | None) -> Tensor:
     top = torch.maximum(a.top, b.top)
     if sinks is not None:
         heads, queries = top.shape[1:3]
-        sink = (
-            sinks.to(top.dtype).view(heads, 1, -1).expand(-1, queries * heads // len(sinks), -1).reshape(heads, -1, 1)
-        )
+        sink = sinks.to(top.dtype).view(heads, 1, -1).repeat(1, queries * heads // len(sinks), 1).view(heads, -1, 1)
         top = torch.maximum(top, sink)
     share_a, share_b = (a.top - top).exp_(), (b.top - top).exp_()
     mass = a.mass * share_a + b.mass * share_b

@@ -125,6 +125,7 @@ class LocalSampler:
         # Prompts of like length together waste least room; the longest first, so that the room need not grow.
         waiting = deque(sorted(writing, key=lambda w: (-len(ids[w.prompt]), w.prompt, w.index)))
         prefix, suffix, work = Cache(), Cache(), _Work()
+        suffix.fit(min(self.rows, len(writing)), 1)
         places: list[int] = []
         live: list[_Writing] = []
         first: dict[int, Tensor] = {}  # [V] logits after a prompt that still has waiting completions

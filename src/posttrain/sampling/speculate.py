@@ -1,10 +1,11 @@
 """Prompt lookup: guess the next tokens from what the same text says elsewhere, and let the model confirm them.
 
-Leviathan et al. (2211.17192) accept a drafted token by chance, so that what is written is distributed as the model
-would write it. Here each token is the one that the model itself draws with the number that the completion's private
-stream holds for that position, and a drafted token stands if it is that one. So with drafts or without, a completion
-is the same token for token, and its distribution is unchanged, not only in law. For drafts that are one sure guess, as
-these are, their rule accepts as often: with the probability that the model gives the guess.
+Leviathan et al. (2211.17192) accept a drafted token by chance, and draw another where they refuse it, in such a way
+that what is written is distributed as the model's own text. Here the model draws the token of every position itself,
+with the number that the completion's private stream holds for that position, and a drafted token stands if it is the
+one drawn. A completion is then the same, token for token, with drafts and without; its distribution needs no further
+proof. A draft is one sure guess here, for which their rule accepts no more often: both do with the probability that
+the model gives to the guess.
 
 Drafts are what followed the last occurrence of the newest tokens (prompt lookup decoding, Saxena 2023), in the prompt
 or in the completion itself. The longest match wins; matches of one token are left out, they are seldom right.
@@ -26,11 +27,6 @@ class Lookup:
         self.after: dict[tuple[int, ...], int] = {}
         """From a sequence to the index of the token after it."""
         self.extend(ids)
-
-    def copy(self) -> Lookup:
-        other = Lookup(())
-        other.ids, other.after = self.ids.copy(), self.after.copy()
-        return other
 
     def extend(self, ids: Sequence[int]) -> None:
         for token in ids:
