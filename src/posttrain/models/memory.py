@@ -34,7 +34,7 @@ def recomputing(model: nn.Module, on: bool = True) -> Iterator[None]:
     wrapped = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if on else []
     try:
         for layer in wrapped:
-            layer.forward = functools.partial(_recomputed, model, layer.forward)  # type: ignore[method-assign]
+            layer.forward = functools.partial(_recomputed, model, layer.forward)
         yield
     finally:
         for layer in wrapped:
@@ -95,6 +95,15 @@ def measure_pass(model: nn.Module, run: Callable[[nn.Module], Tensor], recompute
     extended = [_Moment(*(a + more * b for a, b in zip(x, y, strict=True))) for x, y in zip(deep, each, strict=True)]
     top = max(extended, key=lambda m: m.peak)
     return Pass(top.gradients, top.activations, top.peak - top.gradients - top.activations)
+
+
+@torch.no_grad()
+def measure_forward(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> int:
+    """Bytes at the peak of `run(model)` without a backward pass, beside weights; layers leave nothing behind."""
+    shallow = _fake(model, 2)
+    with Meter([*shallow.parameters(), *shallow.buffers()]) as meter:
+        run(shallow)
+    return meter.peak
 
 
 class _Moment(NamedTuple):

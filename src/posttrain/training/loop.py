@@ -18,6 +18,7 @@ import torch
 from posttrain.forest import Forest, hidden_states, pack
 from posttrain.models.cost import training_flops_per_token
 from posttrain.models.disk import write_text
+from posttrain.models.memory import recomputing
 from posttrain.models.policy import Policy
 from posttrain.recipe.schema import StageBase
 from posttrain.records import Failure, Ledger, UserError, derive
@@ -85,7 +86,8 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = lr
             torch.manual_seed(derive(seed, stage.id, "dropout", step))
-            with policy.adapter_dropout():  # here only: what is sampled or referred to is the policy, not a thinned one
+            # Dropout here only: what is sampled or referred to is the policy, not a thinned one.
+            with policy.adapter_dropout(), recomputing(policy.model, stage.activation_checkpointing):
                 found, cost, budget = _fitting(policy, method, batch, budget, world, warn)
             norm = clip(parameters.values(), stage.optim.max_grad_norm).item()
             finite = math.isfinite(found["loss"]) and math.isfinite(norm)

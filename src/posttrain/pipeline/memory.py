@@ -1,0 +1,178 @@
+"""What a stage takes of memory at its peak, told before it runs, and the token budget that fits what there is."""
+
+from __future__ import annotations
+
+import functools
+import math
+import resource
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from posttrain.data.prepare import Prepared, schedule
+from posttrain.forest import Forest, Row, hidden_states, pack, split, token_logprobs
+from posttrain.models.memory import Pass, measure_forward, measure_pass
+from posttrain.models.policy import Policy
+from posttrain.recipe.schema import Dpo, Grpo, RewardModel, Sampling, Stage
+from posttrain.records import UserError, derive
+from posttrain.sampling import local
+from posttrain.sampling.choose import choose
+from posttrain.sampling.grid import BLOCK
+from posttrain.training.batch import chosen, interval, rejected
+
+SMALLEST = 64
+"""Tokens of a pass below which a budget is not lowered: it then costs much time and saves little."""
+HEAVIEST = 8
+"""Batches of a stage that are looked at, those with the most tokens."""
+
+Terms = dict[str, int]
+"""Bytes by what takes them; their sum is the peak."""
+
+
+@functools.cache
+def own_memory() -> int:
+    """Bytes of the process itself, its libraries loaded, no model yet: to be called first before there is one."""
+    pages = Path("/proc/self/statm")
+    if pages.exists():
+        return int(pages.read_text().split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: the peak, in bytes
+
+
+def stage_memory(stage: Stage, data: Prepared, policy: Policy, seed: int) -> Terms:
+    """The terms of the stage's peak: of training, or of sampling where that takes more.
+
+    `policy` may be an outline. Sampled completions are taken to be as long as they may.
+    """
+    trained = sum(p.nbytes for p in policy.parameters().values())
+    moments = sum(p.numel() * _state_bytes(p) for p in policy.parameters().values())
+    terms = {"process": own_memory(), "weights": sum(p.nbytes for p in policy.model.parameters())}
+    period = stage.iterations if isinstance(stage, Grpo) else 1
+    if isinstance(stage, Grpo) and stage.kl_weight:
+        terms["reference"] = trained
+    terms["optimiser"] = moments
+    if interval(stage.checkpoint_every, period) < stage.steps:
+        terms["checkpoint"] = trained + moments
+    step = _largest_pass(stage, data, policy.model, seed)
+    training = {"gradients": step.gradients, "activations": step.activations, "work": step.work}
+    sampling = _sampling(stage, data, policy.model)
+    return terms | (training if step.peak >= sum(sampling.values()) else sampling)
+
+
+def fit(stage: Stage, data: Prepared, policy: Policy, seed: int) -> Stage:
+    """The stage with the largest token budget, halving, whose peak stays below `memory_gb`.
+
+    Activation checkpointing is switched on where no budget is small enough without it.
+
+    Raises:
+        UserError: with neither.
+    """
+    if stage.memory_gb is None:
+        return stage
+    limit = stage.memory_gb * 1e9
+    for recompute in sorted({stage.activation_checkpointing, True}):
+        budget = stage.tokens_per_forward
+        while budget >= min(SMALLEST, stage.tokens_per_forward):
+            tried = stage.model_copy(update={"tokens_per_forward": budget, "activation_checkpointing": recompute})
+            terms = stage_memory(tried, data, policy, seed)
+            if sum(terms.values()) <= limit:
+                return tried
+            budget //= 2
+    raise UserError(
+        f"stage {stage.id!r}: needs {sum(terms.values()) / 1e9:.1f} GB ({told(terms)}) even in passes of {budget * 2} "
+        f"tokens, and memory_gb is {stage.memory_gb:g}; raise it, shorten the data (data.max_length), train an "
+        "adapter, or take a smaller model"
+    )
+
+
+def told(terms: Terms) -> str:
+    """The terms in a line, the largest first, without those below 1 % of the whole."""
+    total = sum(terms.values())
+    large = sorted(((size, name) for name, size in terms.items() if size >= total / 100), reverse=True)
+    return ", ".join(f"{name} {size / 1e9:.2f}" for size, name in large)
+
+
+def _state_bytes(weight: torch.Tensor) -> int:
+    """Of the optimiser for each number: two moments, and a float32 master of what is less precise."""
+    return 2 * weight.itemsize if weight.itemsize >= 4 else 3 * 4
+
+
+def _largest_pass(stage: Stage, data: Prepared, model: nn.Module, seed: int) -> Pass:
+    passes: list[list[Row]] = []
+    several = False
+    for batch in _batches(stage, data, seed):
+        rows = [row for unit in batch for row in unit]
+        ends = [sum(map(len, batch[: i + 1])) for i in range(len(batch))]
+        units = [tuple(range(end - len(unit), end)) for unit, end in zip(batch, ends, strict=True)]
+        packs = split(rows, units, stage.tokens_per_forward)
+        several |= len(packs) > 1
+        passes += [[rows[i] for u in members for i in units[u]] for members in packs]
+    forest = max(map(pack, passes), key=len)
+    return measure_pass(model, _forward(stage, forest), stage.activation_checkpointing, several)
+
+
+def _forward(stage: Stage, forest: Forest) -> Callable[[nn.Module], torch.Tensor]:
+    if isinstance(stage, RewardModel):  # its head is one number wide
+        return lambda model: hidden_states(model, forest)
+    temperature = stage.sampling.temperature if isinstance(stage, Grpo) else 1.0
+    return lambda model: token_logprobs(model, forest, temperature)
+
+
+def _batches(stage: Stage, data: Prepared, seed: int) -> list[list[tuple[Row, ...]]]:
+    """The heaviest of the stage's batches, as the rows that must share a pass."""
+    period = stage.iterations if isinstance(stage, Grpo) else 1
+    size, slots = stage.batch_size, math.ceil(stage.steps / period) * stage.batch_size
+    order = schedule([len(rows) for rows in data.rows], data.weights, slots, derive(seed, stage.id, "order"))
+    made = []
+    for first in range(0, slots, size):
+        units: list[tuple[Row, ...]] = []
+        for source, i in order[first : first + size]:
+            item = data.rows[source][i]
+            if isinstance(stage, Grpo):
+                units += [(_sampled(item.prompt_ids, stage.sampling, k),) for k in range(stage.n)]
+            elif isinstance(stage, Dpo) and stage.on_policy:
+                units.append(
+                    (_sampled(item.prompt_ids, stage.on_policy, 0), _sampled(item.prompt_ids, stage.on_policy, 1))
+                )
+            elif isinstance(stage, Dpo | RewardModel):
+                units.append((chosen(item), rejected(item)))
+            else:
+                units.append((chosen(item),))
+        made.append(units)
+    return sorted(made, key=lambda units: sum(len(row) for unit in units for row in unit))[-HEAVIEST:]
+
+
+def _sampled(prompt: Sequence[int], sampling: Sampling, k: int) -> Row:
+    length = sampling.max_new_tokens
+    return Row(tuple(prompt), (k,) * length, (True,) * length)
+
+
+def _sampling(stage: Stage, data: Prepared, model: nn.Module) -> Terms:
+    """Of the local engine, in one call for all prompts of a step (of the stage, where pairs are sampled first)."""
+    if isinstance(stage, Grpo):
+        prompts, n, sampling = stage.batch_size, stage.n, stage.sampling
+    elif isinstance(stage, Dpo) and stage.on_policy:
+        prompts, n, sampling = stage.on_policy.prompts, stage.on_policy.n, stage.on_policy
+    else:
+        return {}
+    ids = sorted((r.prompt_ids for rows in data.rows for r in rows), key=len)[-prompts:]
+    rows = min(local.ROWS, prompts * n)
+    ids = ids[-math.ceil(rows / n) :]
+    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dtype = next(model.parameters()).dtype
+    token = 2 * config.num_hidden_layers * heads * width * dtype.itemsize
+    longest, new = (-(-length // BLOCK) * BLOCK for length in (len(ids[-1]), sampling.max_new_tokens))
+    prefill = pack([Row(tuple(p), (), ()) for p in ids])
+
+    def decode(model: nn.Module) -> torch.Tensor:
+        logits_BV = torch.empty(rows, config.vocab_size, dtype=dtype) + next(model.parameters()).flatten()[0]
+        return choose(logits_BV, torch.zeros(rows), sampling)[1]
+
+    work = max(
+        measure_forward(model, lambda m: hidden_states(m, prefill)) + token * len(prefill),
+        measure_forward(model, decode),
+    )
+    return {"keys and values": token * (len(ids) * longest + rows * new), "work": work}
