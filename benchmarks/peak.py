@@ -123,8 +123,9 @@ def _replayed(policy: Policy, batch: Batch, budget: int) -> float:
         head = decoder(policy.model).get_output_embeddings().weight
         for at in range(0, targets, CHUNK):
             rows = min(CHUNK, targets - at)
-            torch.nn.functional.linear(_ones(rows, head.shape[1]), head)  # logits are computed again for the gradient
             _product(head, rows, backward=head.requires_grad)
+            if head.requires_grad:  # then logits are computed again for the gradient
+                torch.nn.functional.linear(_ones(rows, head.shape[1]), head)
     return time.perf_counter() - began
 
 
