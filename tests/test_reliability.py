@@ -35,7 +35,7 @@ PAGE = 4096
 
 # Row 1: kills
 
-STEPS, EVERY = 60, 3
+STEPS, EVERY = 60, 4
 
 
 def _train(folder: Path) -> None:

@@ -45,7 +45,7 @@ def together(size: int, work: Callable[..., Any], *args: Any, killed: tuple[int,
 def _answer(end: Connection) -> tuple[Any, str | None]:
     try:
         return end.recv()
-    except EOFError:
+    except (EOFError, ConnectionError):
         return None, "gone without a word"
 
 

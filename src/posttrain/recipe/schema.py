@@ -136,7 +136,9 @@ class StageBase(Block):
     )
     optim: Optim = Field(default_factory=lambda: Optim(), description="Optimiser and its schedule.")
     checkpoint_every: int = Field(
-        10, ge=1, description="Most steps that a kill may cost; a checkpoint is begun every half as many."
+        10,
+        ge=1,
+        description="Most steps that a kill may cost; checkpoints begin a quarter sooner, to be on the disk by then.",
     )
     nonfinite: Literal["stop", "skip"] = Field(
         "stop", description="On a NaN or infinite loss or gradient: stop the run, or skip the step and count it."

@@ -93,8 +93,11 @@ def pair_sample(example: Example) -> dict[str, Any]:
 
 
 def interval(checkpoint_every: int, period: int) -> int:
-    """Steps from one checkpoint to the next: a multiple of `period`, about half of what a kill may cost."""
-    return max((checkpoint_every + 1) // 2 // period, 1) * period
+    """Steps from one checkpoint to the next, a multiple of `period`.
+
+    A quarter less than what a kill may cost, in steps: that long the last one may take to reach the disk.
+    """
+    return max((checkpoint_every - checkpoint_every // 4) // period, 1) * period
 
 
 def passes(

@@ -69,8 +69,6 @@ def train(
             _keep_before(metrics_path, start)
             _keep_before(samples_path, start)
     checked = not stage.check_first_step
-    # A step counts from its row on. Before that of a step whose checkpoint is due, the former must be on the disk: so
-    # what a kill costs is below two intervals, and an interval is half of what it may cost.
     every = interval(stage.checkpoint_every, method.period)
     with checkpoint.Writer(checkpoints, world, rows=(metrics_path, samples_path, folder)) as writer:
         for step in range(start, stage.steps):
@@ -116,10 +114,10 @@ def train(
             }
             done = step + 1
             due = done % every == 0 and done < stage.steps
-            if due:
-                writer.wait()
-            else:
+            if step % every < stage.checkpoint_every - every:
                 writer.check()
+            else:  # a step counts from its row on, and no more may be lost than checkpoint_every that count
+                writer.wait()
             if leads:
                 with _writing(folder):  # closed after each step: a checkpoint is never ahead of its rows
                     _append(metrics_path, [row])
