@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv .venv || { rm -rf .venv; \
 	  echo "cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
 	@echo "installing into .venv; minutes the first time, nothing after that"
-	@$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[tasks,dev]' || { \
+	@$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[tasks,cluster,dev]' || { \
 	  echo "the installation failed, see above; the same command starts it again." >&2; \
 	  echo "(One dependency, pycosat, is built from C: that needs a compiler and Python's headers.)" >&2; exit 1; }
 	@touch $@

@@ -26,6 +26,7 @@ ORDER = (
     "monitors",
     "report",
     "pipeline",
+    "cluster",
     "cli",
 )
 RECORDS = "records"
@@ -34,7 +35,7 @@ ONLY_RECORDS = ("recipe", "losses", "report")
 """Rooms that stand alone: configuration, arithmetic, and the report, which renders what it reads."""
 DOOR = "__init__"
 """`posttrain/__init__.py`, the Python door: it may name every room, and no room may import from it."""
-HEAVY = ("torch", "transformers", "numpy")
+HEAVY = ("torch", "transformers", "numpy", "ray")
 
 
 def room_of(file: Path, package: Path) -> str:

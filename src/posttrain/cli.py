@@ -43,6 +43,18 @@ def run(
     set_: Set = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and what it costs.")] = False,
     out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/NAME.")] = None,
+    cluster: Annotated[
+        str | None, typer.Option(metavar="local|ADDRESS", help="Train on a Ray cluster: one of this machine, or there.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="On a cluster: workers that train together.")] = 1,
+    worker_cpus: Annotated[int, typer.Option(min=1, help="... and the processors of each.")] = 1,
+    rollout_actors: Annotated[int, typer.Option(min=1, help="On a cluster: samplers beside the workers.")] = 1,
+    rollout_cpus: Annotated[float, typer.Option(min=0, help="... and the share of a processor of each.")] = 0.5,
+    rollout_gpus: Annotated[float, typer.Option(min=0, help="... and of a GPU, where workers have them.")] = 0.5,
+    shard_frozen: Annotated[
+        bool,
+        typer.Option("--shard-frozen", help="On a cluster: cut the weights under an adapter over the workers too."),
+    ] = False,
     as_json: Json = False,
 ) -> int:
     """Do what a recipe says, and report it. The same command continues a run that was stopped."""
@@ -56,8 +68,16 @@ def run(
         return _answer(as_json, planned.to_json(), planned.text)
 
     from posttrain.pipeline.run import run as run_recipe
+    from posttrain.pipeline.stages import train_here
 
-    result = _quietly(as_json, lambda: run_recipe(recipe, set_ or [], out))
+    def work() -> Any:
+        if cluster is None:
+            return run_recipe(recipe, set_ or [], out, train_here)
+        layout = _cluster_room().Layout(workers, worker_cpus, rollout_actors, rollout_cpus, rollout_gpus, shard_frozen)
+        with _cluster_room().cluster(cluster, layout) as trainer:
+            return run_recipe(recipe, set_ or [], out, trainer)
+
+    result = _quietly(as_json, work)
     answer = {"folder": str(result.folder), "report": str(result.report), "ok": result.ok, "gates": result.gates}
     _answer(as_json, answer | {"summary": result.summary}, lambda: _run_text(result))
     return 0 if result.ok else 1
@@ -177,6 +197,14 @@ def tasks(as_json: Json = False) -> int:
     paper = "Stojanovski et al., 2505.24760"
     rows = [{"name": PREFIX + name, "paper": paper} for name in names()]
     return _answer(as_json, {"tasks": rows}, lambda: "\n".join([*(row["name"] for row in rows), f"\nPaper: {paper}"]))
+
+
+def _cluster_room() -> Any:
+    try:
+        from posttrain.cluster import train
+    except ModuleNotFoundError as error:
+        raise UserError(f"--cluster needs Ray ({error}): pip install 'posttrain[cluster]'") from error
+    return train
 
 
 def _quietly(as_json: bool, work: Callable[[], T]) -> T:

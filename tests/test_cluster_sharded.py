@@ -1,0 +1,99 @@
+"""A policy cut over workers is the policy in one piece: values, gradients, runs, and what is saved of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_policy
+from tiny_runs import RENDERER, SEED, STAGES, grpo, method_of, paired, prepared, rows_of, run, stage_of
+from workers import together
+
+from posttrain.cluster.sharded import ShardedPolicy, shard
+from posttrain.models.reward import reward_model
+from posttrain.recipe.schema import Lora
+from posttrain.sampling.local import LocalSampler
+from posttrain.training.dpo import DpoMethod, pairs_from_data
+from posttrain.training.loop import train
+from posttrain.training.reward import ends
+from posttrain.training.world import Distributed
+
+LORA = Lora(r=3, alpha=6)  # an odd rank: cut over two workers, one has less
+TOLERANCE = 1e-5
+"""Largest difference of a loss on one and on two workers in float32, relative to the loss or to 1 if that is more."""
+
+
+def test_the_same_losses(tmp_path):
+    together(2, _runs, tmp_path)
+    for name, adapter in CASES:
+        alone, ledger = run(name, tmp_path / "alone" / _folder(name, adapter), adapter, **SETTINGS)
+        rows = rows_of(tmp_path / "alone" / _folder(name, adapter) / "metrics.jsonl")
+        others = rows_of(tmp_path / "two" / _folder(name, adapter) / "metrics.jsonl")
+        assert [row["step"] for row in others] == list(range(8))
+        for a, b in zip(rows, others, strict=True):
+            assert a.keys() == b.keys()
+            assert b["loss"] == pytest.approx(a["loss"], rel=TOLERANCE, abs=TOLERANCE), (name, adapter, a["step"])
+            for key in a.keys() - {"tokens"}:  # what is near zero, or the least of many, shows more of the rounding
+                assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-4), (name, adapter, a["step"], key)
+        weights, spent = torch.load(tmp_path / "two" / _folder(name, adapter) / "weights.pt", weights_only=False)
+        assert {**spent, "seconds": 0, "shared_tokens": 0, "trained_tokens": 0, "flops": 0} == {
+            **dataclasses.asdict(ledger),
+            "seconds": 0,
+            "shared_tokens": 0,
+            "trained_tokens": 0,
+            "flops": 0,
+        }  # a context that two workers need is computed by both
+        for n, weight in alone.weights().items():
+            assert torch.allclose(weights[n], weight, atol=2e-5), (name, n)
+
+
+SETTINGS = {"optim": {"lr": 1e-3}}
+"""AdamW divides by the gradient's own size, so that a large step makes rounding large."""
+CASES = [(name, adapter) for name in STAGES if "on-policy" not in name for adapter in (None, LORA)]
+
+
+def _folder(name: str, adapter: Any) -> str:
+    return f"{name}-{'lora' if adapter else 'full'}".replace(" ", "-")
+
+
+def _runs(out: Path) -> None:
+    for name, adapter in CASES:
+        folder = out / "two" / _folder(name, adapter)
+        policy, ledger = _run(name, folder, adapter, **SETTINGS)
+        weights = policy.weights()
+        if Distributed().rank == 0:
+            torch.save((weights, dataclasses.asdict(ledger)), folder / "weights.pt")
+
+
+class Here:
+    """Rollouts from a whole policy that is given the trained weights before each call."""
+
+    def __init__(self, policy: ShardedPolicy, adapter: Any) -> None:
+        self.policy, self.whole = policy, tiny_policy(adapter=adapter)
+        self.sampler = LocalSampler(self.whole, RENDERER)
+
+    def __call__(self, *question: Any) -> Any:
+        with torch.no_grad():
+            for name, weight in self.policy.weights().items():
+                self.whole.parameters()[name].copy_(weight)
+        return self.sampler(*question)
+
+
+def _run(name: str, folder: Path, adapter: Any, frozen_too: bool = False, **settings: Any) -> Any:
+    world = Distributed()
+    whole = tiny_policy(adapter=adapter)
+    if name == "reward_model":
+        whole = reward_model(whole, ends(prepared(paired())), SEED)
+    policy, stage = shard(whole, world, frozen_too), stage_of(name, **settings)
+    if name == "dpo":
+        data = prepared(paired())
+        method = DpoMethod(stage, data, SEED, pairs_from_data(policy, stage, data, SEED, world))
+    elif name.startswith("grpo"):
+        method = grpo(policy, stage, sampler=Here(policy, adapter))
+        method.world = world
+    else:
+        method = method_of(name, policy, stage)
+    return policy, train(policy, method, stage, folder, SEED, world=world)
