@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny import ARCHS, tiny_model, tiny_policy, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from posttrain.forest import Row, pack, token_logprobs
 from posttrain.models.policy import attach, load, merge, weights_digest
 from posttrain.recipe.schema import Lora
 from posttrain.records import UserError
@@ -350,3 +351,14 @@ def test_missing_weights_are_refused_not_drawn_at_random(base, tmp_path):
 def test_tokenizer_larger_than_the_model_is_refused(base):
     with pytest.raises(UserError, match="300 tokens, its model 200"):
         attach(tiny_model(vocab=200), tiny_tokenizer(), source="x")
+
+
+def test_the_token_that_others_pad_with_learns_like_any_other():
+    """Where it is the end of a turn too, as in the default model, its embedding must be trained."""
+    policy = tiny_policy("qwen2")
+    assert policy.model.config.pad_token_id == 2
+    embedding = policy.model.get_input_embeddings().weight
+    forest = pack([Row((1, 2, 5), (6, 7), (True, True))])
+    (gradient,) = torch.autograd.grad(token_logprobs(policy.model, forest).sum(), [embedding])
+    assert gradient[2].abs().max() > 0
+    assert gradient[9].abs().max() == 0

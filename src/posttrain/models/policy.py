@@ -209,6 +209,8 @@ def attach(
     if len(tokenizer) > rows:
         raise UserError(f"{source}: its tokenizer has {len(tokenizer)} tokens, its model {rows} embeddings")
     model = model.eval()
+    # No row is ever padded here. The mark would keep a pad token from learning, which may be the end of a turn.
+    model.get_input_embeddings().padding_idx = None
     digest = base_digest or weights_digest(dict(model.named_parameters()))
     if adapter is None:
         return Policy(model.requires_grad_(True), tokenizer, source, digest, revision)

@@ -41,7 +41,6 @@ def reward_model(policy: Policy, ends: Collection[int], seed: int) -> Policy:
     config = base.config  # the decoder's own: forest attention is switched on in it
     config.num_labels = 1
     config.get_text_config().pad_token_id = pad
-    base.get_input_embeddings().padding_idx = pad  # the one token whose embedding gets no gradient
     policy.tokenizer.pad_token = policy.tokenizer.convert_ids_to_tokens(pad)
     with torch.device("meta"):
         model = kind(config)
