@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from tiny import tiny_policy
+from tiny_runs import SEED, rows_of, same, sft, stage_of
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from workers import together
 
+from posttrain.cluster.sharded import shard
 from posttrain.records import UserError
 from posttrain.training import checkpoint
+from posttrain.training.batch import Batch
 from posttrain.training.checkpoint import Writer, load
+from posttrain.training.loop import train
 from posttrain.training.world import Distributed
 
 SIZES = (1, 2, 3)
@@ -175,3 +181,42 @@ def cut_by_column() -> None:
 
 def test_another_cut_is_refused():
     together(2, cut_by_column)
+
+
+def trained(folder: Path, dies: int | None = None) -> dict[str, Tensor]:
+    """Weights at the end of a run of SFT by these workers; worker `dies` is killed as step 5 begins."""
+    world = Distributed()
+    policy = shard(tiny_policy(), world)
+    stage = stage_of("sft", checkpoint_every=3)
+    method = sft(stage)
+    inner = method.batch
+
+    def batch(step: int) -> Batch:
+        if step == 5 and world.rank == dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return inner(step)
+
+    method.batch = batch  # type: ignore[method-assign]
+    train(policy, method, stage, folder, SEED, world=world)
+    return policy.weights()
+
+
+def bereaved(folder: Path) -> None:
+    with pytest.raises(RuntimeError):
+        trained(folder, dies=1)
+
+
+def test_a_run_that_lost_a_worker_goes_on_with_as_many_or_fewer_or_more(tmp_path):
+    """With as many it is the run that lost none, bit for bit; with others to what the order of sums does in 8 steps."""
+    whole = together(2, trained, tmp_path / "whole")[0]
+    together(2, bereaved, tmp_path / "lost", killed=(1,))
+    assert len(rows_of(tmp_path / "lost/metrics.jsonl")) == 5
+    for size in SIZES:
+        folder = shutil.copytree(tmp_path / "lost", tmp_path / str(size))
+        weights = together(size, trained, folder)[0]
+        if size == 2:
+            assert same(weights, whole)
+            assert rows_of(folder / "metrics.jsonl") == rows_of(tmp_path / "whole/metrics.jsonl")
+        else:
+            assert all(torch.allclose(weights[name], whole[name], atol=1e-4) for name in whole)
+        assert [row["step"] for row in rows_of(folder / "metrics.jsonl")] == list(range(8))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import tempfile
 import traceback
@@ -44,7 +45,7 @@ def together(size: int, work: Callable[..., Any], *args: Any, killed: tuple[int,
 
 def _answer(end: Connection) -> tuple[Any, str | None]:
     try:
-        return end.recv()
+        return pickle.loads(end.recv_bytes())
     except (EOFError, ConnectionError):
         return None, "gone without a word"
 
@@ -57,8 +58,8 @@ def _work(end: Connection, rank: int, size: int, store: Path, work: Callable[...
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     try:
-        end.send((work(*args), None))
+        end.send_bytes(pickle.dumps((work(*args), None)))  # a tensor by value: the worker may be gone when it is read
     except BaseException:
-        end.send((None, traceback.format_exc()))
+        end.send_bytes(pickle.dumps((None, traceback.format_exc())))
     finally:
         dist.destroy_process_group()
