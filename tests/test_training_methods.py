@@ -352,7 +352,7 @@ def test_sft_learns_four_answers_by_heart(tmp_path):
     data = prepared(
         [Example(a, (turn("user", a),), (turn("assistant", b),)) for a, b in zip(asks, ANSWERS, strict=False)]
     )
-    stage = stage_of("sft", steps=60, batch_size=4, optim={"lr": 1e-2, "weight_decay": 0.0})
+    stage = stage_of("sft", steps=80, batch_size=4, optim={"lr": 1e-2, "weight_decay": 0.0})
     policy = tiny_policy()
     train(policy, sft(stage, data), stage, tmp_path, 0)
     losses = [row["loss"] for row in rows_of(tmp_path / "metrics.jsonl")]

@@ -88,7 +88,7 @@ class Policy:
         return sum(p.numel() for p in self.model.parameters())
 
     def run(self, compute: Callable[..., Tensor], *args: Any) -> Tensor:
-        """`compute(model, *args)`, one forward pass. Where workers hold parts of the model, all of them must make it."""
+        """`compute(model, *args)`, one forward pass. Where workers hold parts of the model, all of them make it."""
         return compute(self.model, *args)
 
     def weights(self) -> Mapping[str, Tensor]:
