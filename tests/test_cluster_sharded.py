@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from sharded import Here
 from tiny import tiny_policy
 from tiny_runs import RENDERER, SEED, STAGES, grpo, method_of, paired, prepared, rows_of, run, stage_of
 from workers import together
 
-from posttrain.cluster.sharded import ShardedPolicy, shard
+from posttrain.cluster.sharded import shard
 from posttrain.models.reward import reward_model
 from posttrain.recipe.schema import Lora
-from posttrain.sampling.local import LocalSampler
 from posttrain.training.dpo import DpoMethod, pairs_from_data
 from posttrain.training.loop import train
 from posttrain.training.reward import ends
@@ -68,20 +68,6 @@ def _runs(out: Path) -> None:
             torch.save((weights, dataclasses.asdict(ledger)), folder / "weights.pt")
 
 
-class Here:
-    """Rollouts from a whole policy that is given the trained weights before each call."""
-
-    def __init__(self, policy: ShardedPolicy, adapter: Any) -> None:
-        self.policy, self.whole = policy, tiny_policy(adapter=adapter)
-        self.sampler = LocalSampler(self.whole, RENDERER)
-
-    def __call__(self, *question: Any) -> Any:
-        with torch.no_grad():
-            for name, weight in self.policy.weights().items():
-                self.whole.parameters()[name].copy_(weight)
-        return self.sampler(*question)
-
-
 def _run(name: str, folder: Path, adapter: Any, frozen_too: bool = False, **settings: Any) -> Any:
     world = Distributed()
     whole = tiny_policy(adapter=adapter)
@@ -92,7 +78,7 @@ def _run(name: str, folder: Path, adapter: Any, frozen_too: bool = False, **sett
         data = prepared(paired())
         method = DpoMethod(stage, data, SEED, pairs_from_data(policy, stage, data, SEED, world))
     elif name.startswith("grpo"):
-        method = grpo(policy, stage, sampler=Here(policy, adapter))
+        method = grpo(policy, stage, sampler=Here(policy, tiny_policy(adapter=adapter), RENDERER))
         method.world = world
     else:
         method = method_of(name, policy, stage)

@@ -24,6 +24,7 @@ import torch
 from ray.exceptions import RayError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from safetensors.torch import load_file, save_file
 
 from posttrain.cluster.rollouts import Pool, RolloutActor
@@ -101,7 +102,8 @@ def _train(layout: Layout, gpus: bool, job: Job, start: Policy, say: Say) -> tup
     """A `Trainer`: the workers train, and `start` gets the weights that they wrote."""
     if isinstance(job.stage, Grpo) and job.stage.endpoint is not None:
         raise UserError(f"stage {job.stage.id!r}: on a cluster rollouts come from its actors; leave `endpoint` out")
-    desk = Desk.options(num_cpus=0).remote()  # type: ignore[attr-defined]
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    desk = Desk.options(num_cpus=0, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     actors = _actors(layout, gpus, job)
     token = uuid.uuid4().hex
     write_text(job.folder / TOKEN, token)
