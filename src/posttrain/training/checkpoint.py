@@ -42,12 +42,12 @@ T = TypeVar("T")
 class Writer:
     """Saves checkpoints in a thread while training goes on; the block ends when the last one is on the disk.
 
-    One is written at a time: a save that comes due before then waits for it. The copies that are written take as much
-    memory as the tensors, once. With several workers each makes the same calls.
+    One is written at a time; another save waits for it. The copies that are written take as much memory as the
+    tensors, once. With several workers each makes the same calls.
     """
 
     def __init__(self, folder: Path, world: World = ALONE, rows: Sequence[Path] = (), keep: int = 2) -> None:
-        """`rows`: files that every checkpoint is ahead of; they are flushed first. `keep`: how many are kept."""
+        """`rows`: files that no checkpoint may be ahead of: they are flushed before it. `keep`: how many are kept."""
         self._folder, self._rows, self._keep = folder, rows, keep
         self._world, self._line = world, world.twin()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
