@@ -22,7 +22,7 @@ from tiny_runs import STAGES, rows_of, run, same, sft, stage_of
 
 from posttrain.models.policy import Policy
 from posttrain.recipe.schema import Lora
-from posttrain.records import UserError
+from posttrain.records import Failure, UserError
 from posttrain.training import checkpoint
 from posttrain.training.batch import Batch, Method
 from posttrain.training.loop import NonFinite, train
@@ -287,7 +287,8 @@ def test_a_poisoned_weight_is_found_at_once(tmp_path, name, nonfinite):
 
         method.batch = batch  # type: ignore[method-assign]
 
-    with pytest.raises(NonFinite, match="step 5"):
+    # GRPO meets it where it samples, the others in the step.
+    with pytest.raises(Failure, match=r"logits are NaN|step 5"):
         run(name, tmp_path, change=change, nonfinite=nonfinite, checkpoint_every=1)
     found = checkpoint.load(tmp_path / "checkpoints", warn=pytest.fail)
     assert found is not None

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from posttrain.recipe.schema import Sampling
+from posttrain.records import Failure
 
 BLOCK = 128
 """Tokens of a block in the cumulative sum over the vocabulary; it divides most vocabularies in use."""
@@ -27,6 +28,9 @@ def choose(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> tuple[Te
 
     Returns:
         ids_B and logps_B (float32, nats). Greedy decoding (temperature 0) reports log-probabilities at 1.
+
+    Raises:
+        Failure: a row of logits holds NaN, or an infinity for its largest.
     """
     logits_BV = logits_BV.float()
     if sampling.temperature not in (0, 1):
@@ -34,6 +38,11 @@ def choose(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> tuple[Te
     top_B1, best_B1 = logits_BV.max(-1, keepdim=True)
     mass_BV = (logits_BV - top_B1).exp_()
     sum_B = mass_BV.sum(-1)
+    if not sum_B.isfinite().all():
+        raise Failure(
+            "the model's logits are NaN or infinite, so no token can be drawn from them: its weights are damaged. Load "
+            "them again, or go on from an earlier checkpoint"
+        )
     ids_B = best_B1.squeeze(1) if sampling.temperature == 0 else _draw(cut(mass_BV, sampling), uniform_B)
     return ids_B, (logits_BV.gather(1, ids_B[:, None]) - top_B1).squeeze(1) - sum_B.log()
 

@@ -8,7 +8,6 @@ from typing import Protocol, runtime_checkable
 from posttrain.recipe.schema import Sampling
 from posttrain.records import Example, Ledger, Rollout, UserError
 
-
 Answer = Callable[[], tuple[list[Rollout], Ledger]]
 """Rollouts that may be on their way still: called once, waits for them."""
 
