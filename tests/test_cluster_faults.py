@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 from sharded import Here
 from tiny import tiny_policy
@@ -32,7 +33,6 @@ from posttrain.records import derive
 from posttrain.training.world import Distributed
 
 pytestmark = pytest.mark.cluster
-ray = pytest.importorskip("ray")
 
 SUMS = {
     "source": "reasoning_gym/chain_sum",
@@ -47,8 +47,6 @@ STORE = 100 * 2**20
 @pytest.fixture
 def nodes() -> Iterator[Any]:
     """Two nodes: the first has room for a worker and the rollout actor, the second for a worker only."""
-    from ray.cluster_utils import Cluster
-
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     head = {"num_cpus": 3, "object_store_memory": STORE, "include_dashboard": False, "_system_config": HEALTH}
     made = Cluster(initialize_head=True, head_node_args=head)
