@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import platform
 from typing import Any
 
@@ -11,6 +12,9 @@ import torch
 
 EXACT = 1e-5
 """Largest relative error of a float32 product. Rounding to bfloat16 gives 1e-3, float32 sums 1e-6."""
+
+SHAPES = 64
+"""Of matrix products whose code oneDNN keeps: several times those of one layer and the head, forward and backward."""
 
 
 def tune() -> dict[str, Any]:
@@ -22,6 +26,9 @@ def tune() -> dict[str, Any]:
     Its other library, oneDNN, takes float32 products only where lower precision is allowed. Whether it then really
     rounds depends on the processor (one with AMX does, others have no faster way than float32), so a product is
     compared with float64 first, and the permission is withdrawn where the error is above `EXACT`.
+
+    oneDNN keeps the code it made for the last 1,024 shapes, near a megabyte each, and no two passes of a run have the
+    same shape: it is told to keep what one pass needs.
 
     glibc gives large freed blocks back to the system, and each product then waits for its pages to be mapped and
     zeroed anew: a fifth of a step's processor time. It is told to keep them.
@@ -37,6 +44,7 @@ def tune() -> dict[str, Any]:
 def _onednn() -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(SHAPES))  # read once, at the first product
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from posttrain.data.prepare import Prepared, schedule
-from posttrain.forest import Forest, Row, hidden_states, pack, split, token_logprobs
+from posttrain.forest import Row, hidden_states, pack, split, token_logprobs
 from posttrain.models.memory import Pass, measure_forward, measure_pass
 from posttrain.models.policy import Policy
 from posttrain.recipe.schema import Dpo, Grpo, RewardModel, Sampling, Stage
@@ -99,7 +99,7 @@ def _state_bytes(weight: torch.Tensor) -> int:
 
 
 def _largest_pass(stage: Stage, data: Prepared, model: nn.Module, seed: int) -> Pass:
-    passes: list[list[Row]] = []
+    found: list[tuple[int, int, list[Row]]] = []
     several = False
     for batch in _batches(stage, data, seed):
         rows = [row for unit in batch for row in unit]
@@ -107,16 +107,26 @@ def _largest_pass(stage: Stage, data: Prepared, model: nn.Module, seed: int) -> 
         units = [tuple(range(end - len(unit), end)) for unit, end in zip(batch, ends, strict=True)]
         packs = split(rows, units, stage.tokens_per_forward)
         several |= len(packs) > 1
-        passes += [[rows[i] for u in members for i in units[u]] for members in packs]
-    forest = max(map(pack, passes), key=len)
-    return measure_pass(model, _forward(stage, forest), stage.activation_checkpointing, several)
+        for members in packs:
+            mine = [rows[i] for u in members for i in units[u]]
+            found.append((len(pack(mine)), sum(sum(row.target) for row in mine), mine))
+    # The most tokens fill the layers, the most targets the head.
+    candidates = [max(found, key=lambda f: f[by])[2] for by in (0, 1)]
+    return max(
+        (
+            measure_pass(model, _forward(stage, rows), stage.activation_checkpointing, several)
+            for rows in (candidates if candidates[0] is not candidates[1] else candidates[:1])
+        ),
+        key=lambda p: p.peak,
+    )
 
 
-def _forward(stage: Stage, forest: Forest) -> Callable[[nn.Module], torch.Tensor]:
+def _forward(stage: Stage, rows: Sequence[Row]) -> Callable[[nn.Module], torch.Tensor]:
+    """The forest is made anew each time, for it keeps its masks."""
     if isinstance(stage, RewardModel):  # its head is one number wide
-        return lambda model: hidden_states(model, forest)
+        return lambda model: hidden_states(model, pack(rows))
     temperature = stage.sampling.temperature if isinstance(stage, Grpo) else 1.0
-    return lambda model: token_logprobs(model, forest, temperature)
+    return lambda model: token_logprobs(model, pack(rows), temperature)
 
 
 def _batches(stage: Stage, data: Prepared, seed: int) -> list[list[tuple[Row, ...]]]:
