@@ -164,13 +164,12 @@ def test_an_actor_that_died_has_the_weights_again(actors):
     assert [(r.ids, r.weights) for r in again] == [(r.ids, r.weights) for r in expected]
 
 
-@pytest.mark.cluster
 def test_no_cluster_is_a_users_mistake(tmp_path, capsys):
-    """Ray is not started by this: the address is refused before."""
     tiny_policy().save(tmp_path / "model")
     (tmp_path / "r.yaml").write_text(
         f"{{schema: 1, name: x, model: {{source: {tmp_path}/model}}, stages: [{{id: a, kind: sft, steps: 1, "
         "data: {sources: [{source: reasoning_gym/chain_sum, rows: 4}]}}]}"
     )
-    assert main(["run", str(tmp_path / "r.yaml"), "--cluster", "nowhere"]) == 2
-    assert "no Ray cluster is there" in capsys.readouterr().err
+    for address in ("nowhere", "127.0.0.1:1", "localhost:port"):
+        assert main(["run", str(tmp_path / "r.yaml"), "--cluster", address]) == 2
+        assert "no Ray cluster is there" in capsys.readouterr().err

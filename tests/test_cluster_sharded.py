@@ -10,12 +10,14 @@ import pytest
 import torch
 from sharded import Here
 from tiny import tiny_policy
-from tiny_runs import RENDERER, SEED, STAGES, grpo, method_of, paired, prepared, rows_of, run, stage_of
+from tiny_runs import RENDERER, SEED, STAGES, answered, grpo, method_of, paired, prepared, rows_of, run, stage_of
+from torch.distributed.tensor import DTensor
 from workers import together
 
 from posttrain.cluster.sharded import shard
 from posttrain.models.reward import reward_model
 from posttrain.recipe.schema import Lora
+from posttrain.training.batch import chosen, frozen_logprobs
 from posttrain.training.dpo import DpoMethod, pairs_from_data
 from posttrain.training.loop import train
 from posttrain.training.reward import ends
@@ -24,6 +26,37 @@ from posttrain.training.world import Distributed
 LORA = Lora(r=3, alpha=6)  # an odd rank: cut over two workers, one has less
 TOLERANCE = 1e-5
 """Largest difference of a loss on one and on two workers in float32, relative to the loss or to 1 if that is more."""
+
+
+@pytest.mark.parametrize("adapter", [LORA, None], ids=["lora", "full"])
+def test_whole_again(adapter):
+    """What is gathered is what was cut, before and after passes, with the frozen weights cut too; 3 over 2 workers."""
+    for digest, again, reference, frozen, forms in together(2, _cut, adapter):
+        policy = tiny_policy(adapter=adapter)
+        assert digest == again == policy.digest()
+        rows = [chosen(row) for row in prepared(answered()).rows[0]]
+        assert_close(reference, frozen_logprobs(policy, rows, 64))
+        moved = {name: weight * 2 for name, weight in policy.snapshot().items()}
+        with policy.swapped(moved):
+            assert_close(frozen, frozen_logprobs(policy, rows, 64))
+        assert forms == {name: tuple(p.shape) for name, p in policy.parameters().items()}
+
+
+def assert_close(ours: list[list[float]], theirs: list[list[float]]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert a == pytest.approx(b, abs=TOLERANCE, rel=TOLERANCE)
+
+
+def _cut(adapter: Lora | None) -> Any:
+    world = Distributed()
+    policy = shard(tiny_policy(adapter=adapter), world, frozen_too=True)
+    digest = policy.digest()
+    rows = [chosen(row) for row in prepared(answered()).rows[0]]
+    reference = frozen_logprobs(policy, rows, 64, world=world)
+    with policy.swapped({name: weight * 2 for name, weight in policy.snapshot().items()}):
+        frozen = frozen_logprobs(policy, rows, 64, world=world)
+    assert all(isinstance(p, DTensor) for p in policy.model.parameters())
+    return digest, policy.digest(), reference, frozen, {n: tuple(w.shape) for n, w in policy.weights().items()}
 
 
 def test_the_same_losses(tmp_path):

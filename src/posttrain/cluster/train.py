@@ -11,6 +11,8 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
+import socket
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -45,7 +47,8 @@ WAIT = 0.2
 """Seconds between two looks at what the workers have to say."""
 LOST = (RuntimeError, OSError, RayError)
 """What a worker meets where another one, or a node, is gone."""
-TRAINED, TOKEN = "trained.safetensors", "token"
+TRAINED, TOKEN, RAY = "trained.safetensors", "token", "ray"
+"""In a stage's folder while it is trained: the result, what shows that a node sees it, and Ray Train's own records."""
 
 
 @dataclass(frozen=True)
@@ -75,15 +78,16 @@ def cluster(address: str, layout: Layout) -> Iterator[Trainer]:
     # What actors print stays in Ray's own logs (ray/session_latest/logs): what matters comes by the desk.
     settings: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address == LOCAL:
-        settings |= {"num_cpus": math.ceil(needed), "address": "local"}
-    else:
-        settings |= {"address": address}
+        settings |= {"num_cpus": math.ceil(needed)}
     try:
-        ray.init(**settings)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+        if address != LOCAL:  # Ray itself tries for minutes
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=10).close()
+        ray.init(address=address, **settings)
+    except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"--cluster {address}: no Ray cluster is there ({error}). On its first machine run `ray start --head`, "
-            "and give the address that this prints, or use --cluster local"
+            f"--cluster {address}: no Ray cluster is there ({error}). Run `ray start --head --port 6379` on the first "
+            "machine and give ADDRESS:6379, or use --cluster local"
         ) from error
     try:
         there = ray.cluster_resources()
@@ -116,7 +120,7 @@ def _train(layout: Layout, gpus: bool, job: Job, start: Policy, say: Say) -> tup
             num_workers=layout.workers, use_gpu=gpus, resources_per_worker=resources, placement_strategy="PACK"
         ),
         run_config=RunConfig(
-            name="ray",
+            name=RAY,
             storage_path=str(job.folder),
             failure_config=FailureConfig(max_failures=RESTARTS),
             logging_config=LoggingConfig(log_level="ERROR"),
@@ -127,6 +131,7 @@ def _train(layout: Layout, gpus: bool, job: Job, start: Policy, say: Say) -> tup
     finally:
         for actor in actors:
             ray.kill(actor)
+        shutil.rmtree(job.folder / RAY, ignore_errors=True)
     path = job.folder / TRAINED
     with torch.no_grad():
         trained = load_file(path)
