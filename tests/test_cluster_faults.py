@@ -24,6 +24,7 @@ from tiny import tiny_policy
 from tiny_runs import rows_of
 from workers import together
 
+from posttrain.cli import main
 from posttrain.cluster.sharded import shard
 from posttrain.data.chat import Renderer
 from posttrain.models.policy import load
@@ -147,3 +148,11 @@ def _undisturbed(recipe_path: Path, out: Path) -> None:
             (folder / "ledger.json").write_text(json.dumps({**dataclasses.asdict(ledger), "seconds": 0}))
         world.gather(None)
         start = partial(load, str(folder / "artifact"), adapter=adapter)
+
+
+def test_more_than_the_cluster_has_is_a_users_mistake(tmp_path, nodes, capsys):
+    tiny_policy().save(tmp_path / "model")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(recipe_of(tmp_path / "model")))
+    assert main(["run", str(recipe), "--cluster", nodes.address, "--workers", "4"]) == 2
+    assert "need 4.5 CPUs, and it has 4; ask for fewer or add nodes" in capsys.readouterr().err

@@ -59,9 +59,9 @@ class Layout:
     worker_cpus: int = 1
     rollout_actors: int = 1
     rollout_cpus: float = 0.5
-    """Less than one lets actors share a processor with one another, or with a worker that waits for them."""
+    """Less than one lets actors share a processor."""
     rollout_gpus: float = 0.5
-    """Where the workers are on GPUs."""
+    """Where the cluster has GPUs, and each worker one of its own."""
     shard_frozen: bool = False
     """Cut frozen weights over the workers too, for a base that does not fit into each."""
 
@@ -91,12 +91,16 @@ def cluster(address: str, layout: Layout) -> Iterator[Trainer]:
         ) from error
     try:
         there = ray.cluster_resources()
-        if there.get("CPU", 0) < needed:
-            raise UserError(
-                f"--cluster {address}: {layout.workers} workers and {layout.rollout_actors} rollout actors need "
-                f"{needed:g} processors, and it has {there.get('CPU', 0):g}; ask for fewer or add nodes"
-            )
-        gpus = there.get("GPU", 0) >= layout.workers
+        gpus = there.get("GPU", 0) > 0
+        wanted = {"CPU": needed} | (
+            {"GPU": layout.workers + layout.rollout_actors * layout.rollout_gpus} if gpus else {}
+        )
+        for kind, amount in wanted.items():
+            if there.get(kind, 0) < amount:
+                raise UserError(
+                    f"--cluster {address}: {layout.workers} workers and {layout.rollout_actors} rollout actors need "
+                    f"{amount:g} {kind}s, and it has {there.get(kind, 0):g}; ask for fewer or add nodes"
+                )
         yield partial(_train, layout, gpus)
     finally:
         ray.shutdown()
