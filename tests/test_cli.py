@@ -148,7 +148,7 @@ def test_run_exits_1_where_a_gate_is_not_met(
 ) -> None:
     gates = [{"suite": "sums", "measure": "gain", "met": met}]
 
-    def run(path: Path, overrides: list[str], out: Path | None) -> object:
+    def run(path: Path, overrides: list[str], out: Path | None, _: object) -> object:
         assert (path, overrides, out) == (recipe, ["seed=2"], Path("there"))
         folder = Path("there")
         return types.SimpleNamespace(

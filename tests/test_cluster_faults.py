@@ -112,7 +112,7 @@ def test_killed_worker_actor_and_node(tmp_path, nodes):
 
 def _when(child: subprocess.Popen[bytes], rows: Path, step: int) -> None:
     """Wait until the run has written this step's row."""
-    for _ in range(1200):
+    for _ in range(4800):
         if rows.exists() and rows.read_bytes().count(b"\n") > step:
             return
         assert child.poll() is None, "the run ended before it could be disturbed"

@@ -69,7 +69,11 @@ def test_the_same_losses(tmp_path):
         for a, b in zip(rows, others, strict=True):
             assert a.keys() == b.keys()
             assert b["loss"] == pytest.approx(a["loss"], rel=TOLERANCE, abs=TOLERANCE), (name, adapter, a["step"])
-            for key in a.keys() - {"tokens"}:  # what is near zero, or the least of many, shows more of the rounding
+            # At DPO's reference all margins are 0, and rounding decides their signs.
+            sign = {"accuracy"} if name == "dpo" and a["step"] == 0 else set()
+            for key in (
+                a.keys() - {"tokens"} - sign
+            ):  # what is near zero, or the least of many, shows more of the rounding
                 assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-4), (name, adapter, a["step"], key)
         weights, spent = torch.load(tmp_path / "two" / _folder(name, adapter) / "weights.pt", weights_only=False)
         assert {**spent, "seconds": 0, "shared_tokens": 0, "trained_tokens": 0, "flops": 0} == {

@@ -518,7 +518,7 @@ def test_no_run_and_no_room_are_user_errors(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"resolved\.json is missing"):
         render(tmp_path)
     shutil.copytree(run, tmp_path / "run")
-    (tmp_path / "run/report.html").unlink()
+    (tmp_path / "run/report.html").unlink(missing_ok=True)
     (tmp_path / "run/report.html").mkdir()
     with pytest.raises(UserError, match="cannot write the report"):
         render(tmp_path / "run")

@@ -10,8 +10,11 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from posttrain.machine import tune
 from posttrain.models.policy import Policy, attach
 from posttrain.recipe.schema import Lora
+
+tune()  # as `load` would: runs that must agree to the bit, in whatever process, need the same matrix products
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
