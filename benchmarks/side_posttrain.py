@@ -17,7 +17,7 @@ from posttrain.models.reward import reward_model
 from posttrain.recipe.schema import Data, Dpo, Grpo, Optim, RewardModel, Sampling, Sft, Source
 from posttrain.records import Example, Ledger, Rollout, Score
 from posttrain.sampling.local import LocalSampler
-from posttrain.training.batch import Method
+from posttrain.training.batch import Method, frozen_logprobs
 from posttrain.training.dpo import DpoMethod, pairs_from_data
 from posttrain.training.grpo import GrpoMethod
 from posttrain.training.loop import train
@@ -31,10 +31,8 @@ ANSWERS = {"dpo": "chosen_logp", "reward": "chosen_reward"}
 def run(work: Workload, folder: Path, turn: Turn) -> None:
     tune()
     policy = load(str(folder.parent / ("adapter" if work.lora else "model")))
-    began = now()
     policy, method, stage, tokens = method_of(work, policy, folder)
-    # Of DPO's reference values: one pass over the data pays for them once, each step for its share.
-    before = (now().wall - began.wall) / work.steps
+    before = _reference_seconds(policy, method, stage) / work.steps
     # In the order of the file, as the other side reads it.
     method.order = [(0, row) for row in range(work.steps * work.batch)]  # type: ignore[attr-defined]
 
@@ -50,6 +48,19 @@ def run(work: Workload, folder: Path, turn: Turn) -> None:
         )
 
     train(policy, method, stage, folder / "posttrain", 0, on_step)
+
+
+def _reference_seconds(policy: Policy, method: Method, stage: Any) -> float:
+    """Of DPO's reference values: one pass over the data pays for them once, each step for its share.
+
+    They are there already; they are taken again, for a first step of each side is not counted either.
+    """
+    if not isinstance(method, DpoMethod):
+        return 0.0
+    rows = [row for part in method.pairs for pair in part for row in (pair.chosen, pair.rejected)]
+    began = now()
+    frozen_logprobs(policy, rows, stage.tokens_per_forward)
+    return now().wall - began.wall
 
 
 def method_of(work: Workload, policy: Policy, folder: Path) -> tuple[Policy, Method, Any, list[int]]:

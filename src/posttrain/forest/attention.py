@@ -105,8 +105,10 @@ class Tree:
 
     def _of_segment(self, i: int, window: int | None) -> Iterator[Block]:
         *above, own = (self.forest.segments[s] for s in self.forest.path(i))
-        for start in range(own.start, own.stop, QUERIES):
-            stop = min(start + QUERIES, own.stop)
+        n = own.stop - own.start
+        size = -(-n // -(-n // QUERIES))  # as many blocks as it takes, about equally long
+        for start in range(own.start, own.stop, size):
+            stop = min(start + size, own.stop)
             keys = (*((s.start, s.stop) for s in above), (own.start, stop))
             position = own.position + start - own.start
             # Where a window hides nothing, only the block's own keys need a mask.

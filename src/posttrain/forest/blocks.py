@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 QUERIES = 256
-"""Of a block. Smaller ones waste less on keys that a causal mask hides, and cost more calls."""
+"""Of a block, at most. Smaller ones waste less on keys that a causal mask hides, and cost more calls."""
 
 
 class Block(NamedTuple):
