@@ -24,7 +24,7 @@ from workload import ALPHA, MODEL, RANK, Workload, write
 
 from posttrain.machine import tune
 from posttrain.models.policy import Policy, load
-from posttrain.recipe.schema import Lora
+from posttrain.recipe.schema import Lora, StageBase
 from posttrain.training.batch import interval
 from posttrain.training.loop import train
 
@@ -62,7 +62,7 @@ def _added(title: str, policy: Policy, runs: int, quick: bool) -> list[Row]:
         write(folder, work)
         policy, method, stage, _ = method_of(work, policy, folder)
         method.order = [(0, row) for row in range(work.batch)] * steps  # type: ignore[attr-defined]
-        usual = interval(stage.checkpoint_every, method.period)
+        usual = interval(StageBase.model_fields["checkpoint_every"].default, method.period)
         often = next(n for n in itertools.count(1) if interval(n, method.period) == CYCLE)
         stage = stage.model_copy(update={"checkpoint_every": often})
         train(policy, method, stage, folder / "run", 0, on_step)

@@ -16,7 +16,7 @@ from posttrain.forest.flex import Flex
 from posttrain.forest.tree import Forest
 from posttrain.records import UserError
 
-CHUNK = 512
+CHUNK = 256
 """Target tokens whose [chunk, V] logits exist at one time."""
 
 
