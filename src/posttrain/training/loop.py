@@ -157,7 +157,8 @@ def _fitting(
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether that is what was wrong. PyTorch has a type for it on the GPU only."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    said = "can't allocate memory", "bad_alloc", "could not create a primitive"  # the last is oneDNN's way to say it
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in said)
 
 
 def _gradient(
