@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,8 +99,8 @@ def prepare(shape: Shape, folder: Path) -> None:
         config = folder / "model"
         config.mkdir()
         for file in resolve(MODEL).iterdir():
-            if file.suffix != ".safetensors" and file.name != "config.json":
-                (config / file.name).symlink_to(file)
+            if file.name.startswith(("tokenizer", "special_tokens", "chat_template")):
+                shutil.copy(file, config)
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -113,8 +113,9 @@ def prepare(shape: Shape, folder: Path) -> None:
 
 def side(what: str, shape: Shape, folder: Path) -> dict[str, Any]:
     """In a fresh process: predict, or run and measure."""
+    from posttrain.machine import own_memory
     from posttrain.models.policy import load, outline
-    from posttrain.pipeline.memory import own_memory, stage_memory
+    from posttrain.pipeline.memory import stage_memory
     from posttrain.pipeline.stages import Job, Say, run_stage, stage_data
     from posttrain.recipe.schema import Recipe
     from posttrain.training.loop import peak_memory
@@ -128,10 +129,12 @@ def side(what: str, shape: Shape, folder: Path) -> dict[str, Any]:
         began = time.perf_counter()
         terms = stage_memory(stage, data, policy, made.seed)
         return {"terms": terms, "peak": sum(terms.values()), "seconds": time.perf_counter() - began}
-    start = partial(load, model.source, adapter=model.adapter, dtype=model.dtype)
+    start = load(model.source, adapter=model.adapter, dtype=model.dtype)
+    base = start.snapshot()  # as a run keeps it, to compare with
     steps: list[float] = []
     say = Say(lambda line: None, lambda _, metrics: steps.append(metrics["seconds"]))
-    run_stage(Job(stage, start, data, folder / "run", made.seed), say)
+    run_stage(Job(stage, lambda: start, data, folder / "run", made.seed), say)
+    del base
     return {"peak": peak_memory(), "own": own, "seconds": steps[-1]}
 
 

@@ -1,4 +1,4 @@
-"""The settings of a process that decide how fast it multiplies matrices."""
+"""The settings of a process that decide how fast it multiplies matrices, and what it takes before any model does."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import ctypes
 import functools
 import os
 import platform
+import resource
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,6 +63,15 @@ def _kept() -> bool:
     mallopt, (trim_threshold, mmap_threshold) = ctypes.CDLL(None).mallopt, (-1, -3)  # names and numbers of malloc.h
     largest = 2**31 - 1  # both are C ints
     return bool(mallopt(mmap_threshold, largest) and mallopt(trim_threshold, largest))
+
+
+@functools.cache
+def own_memory() -> int:
+    """Bytes of the process itself, its libraries loaded, no model yet: to be called first before there is one."""
+    pages = Path("/proc/self/statm")
+    if pages.exists():
+        return int(pages.read_text().split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: the peak, in bytes
 
 
 def worst_error() -> float:

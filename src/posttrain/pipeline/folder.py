@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from posttrain.machine import tune
+from posttrain.machine import own_memory, tune
 from posttrain.models.disk import write_text
 from posttrain.records import UserError
 
@@ -88,6 +88,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": _cpu(),
         **tune(),
+        "process_bytes": own_memory(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)},
         "posttrain": importlib.metadata.version("posttrain"),

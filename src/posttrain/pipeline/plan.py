@@ -8,9 +8,10 @@ from typing import Any
 from posttrain.data.chat import Rendered
 from posttrain.data.prepare import Prepared, prompt_key
 from posttrain.evals import retention, suites
-from posttrain.forest.logprobs import CHUNK
+from posttrain.machine import own_memory
 from posttrain.models.cost import forward_flops_per_token, training_flops_per_token
 from posttrain.models.policy import Policy, outline
+from posttrain.pipeline.memory import Terms, fit, stage_memory, told
 from posttrain.pipeline.stages import stage_data
 from posttrain.recipe.schema import Dpo, Grpo, Recipe, RewardModel, Stage
 from posttrain.training.reward import hold_out
@@ -31,7 +32,10 @@ class StagePlan:
     generated_tokens: int
     """At most."""
     flops: float
-    memory_bytes: int
+    tokens_per_forward: int
+    """As the recipe says, or lowered to fit `memory_gb`."""
+    memory: Terms
+    """Bytes at the peak by what takes them."""
     example: str
 
 
@@ -53,7 +57,8 @@ class Plan:
                 "",
                 f"{s.id} ({s.kind}): {s.steps} steps over {s.rows} rows",
                 f"  tokens trained {s.trained_tokens:,}, generated at most {s.generated_tokens:,}",
-                f"  about {s.flops:.2g} FLOPs, {s.memory_bytes / 2**30:.1f} GiB at peak",
+                f"  about {s.flops:.2g} FLOPs, passes of {s.tokens_per_forward:,} tokens",
+                f"  at peak {sum(s.memory.values()) / 1e9:.2f} GB: {told(s.memory)}",
                 f"  example, trained tokens in {MARKS[0]}{MARKS[1]}:",
                 *(f"    {line}" for line in s.example.splitlines()),
             ]
@@ -69,13 +74,13 @@ class Plan:
 def plan(recipe: Recipe) -> Plan:
     """Resolve model and data, count, estimate. Downloads the model if it is not there; loads no weights.
 
-    Memory is an estimate to within a factor of about 1.5: weights, gradients, AdamW's two moments, and the
-    activations and logits of one forward pass of `tokens_per_forward` tokens.
+    Memory is that of the CPU's process; see `pipeline.memory`.
 
     Raises:
         UserError: whatever a run would refuse before its first step.
     """
     model = recipe.model
+    own_memory()
     policy = outline(
         model.source,
         adapter=model.adapter,
@@ -87,11 +92,11 @@ def plan(recipe: Recipe) -> Plan:
         retention.prompts(recipe.evals.retention)
     held_out = frozenset(prompt_key(e) for suite in recipe.evals.suites for e in suites.items(suite))
     trainable = sum(p.numel() for p in policy.parameters().values())
-    stages = [_stage(stage, stage_data(stage, policy, held_out), policy, trainable) for stage in recipe.stages]
+    stages = [_stage(stage, stage_data(stage, policy, held_out), policy, recipe.seed) for stage in recipe.stages]
     return Plan(recipe.name, model.source, policy.parameters_total, trainable, tuple(stages))
 
 
-def _stage(stage: Stage, data: Prepared, policy: Policy, trainable: int) -> StagePlan:
+def _stage(stage: Stage, data: Prepared, policy: Policy, seed: int) -> StagePlan:
     config = policy.model.config
     if isinstance(stage, RewardModel):
         data, _ = hold_out(stage, data)
@@ -114,15 +119,10 @@ def _stage(stage: Stage, data: Prepared, policy: Policy, trainable: int) -> Stag
     targets = branches if isinstance(stage, RewardModel) else answers
     flops = trained * training_flops_per_token(config, policy.adapter is not None, int(context), targets / each)
     flops += generated * forward_flops_per_token(config, int(context))
-    width = policy.model.dtype.itemsize
-    at_once = min(stage.tokens_per_forward, int(trained / stage.steps))
-    c = config.get_text_config()
-    inner = getattr(c, "intermediate_size", 4 * c.hidden_size)
-    activations = at_once * c.num_hidden_layers * (12 * c.hidden_size + 5 * inner) * width
-    memory = policy.parameters_total * width + trainable * 4 * 3 + activations + 3 * CHUNK * c.vocab_size * 4
+    stage = fit(stage, data, policy, seed)
     return StagePlan(
-        stage.id, stage.kind, stage.steps, len(rows), round(trained), round(generated), flops, memory,
-        _shown(rows[0], policy.tokenizer),
+        stage.id, stage.kind, stage.steps, len(rows), round(trained), round(generated), flops,
+        stage.tokens_per_forward, stage_memory(stage, data, policy, seed), _shown(rows[0], policy.tokenizer),
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -17,6 +17,7 @@ from posttrain.evals.stats import wilson
 from posttrain.models.policy import Policy
 from posttrain.models.reward import fitting, reward_model
 from posttrain.pipeline.folder import digest, read_json, write_json
+from posttrain.pipeline.memory import fit
 from posttrain.recipe.schema import Dpo, Grpo, RewardModel, Sft, Stage, StageBase
 from posttrain.records import Example, Ledger, UserError, derive
 from posttrain.rewards.verifier import prove, score
@@ -125,7 +126,13 @@ def run_stage(job: Job, say: Say, trainer: Trainer = train_here) -> None:
         start = reward_model(start, *head)
         data, held = hold_out(stage, data)
         job = Job(stage, partial(_headed, job.load, *head), data, folder, seed)
-    ledger, facts = trainer(job, start, say)
+    fitted = fit(stage, data, start, seed)
+    if fitted != stage:
+        recomputed = ", activations recomputed" if fitted.activation_checkpointing else ""
+        say.line(f"{stage.id}: passes of {fitted.tokens_per_forward} tokens{recomputed}, to stay in its memory_gb")
+    ledger, facts = trainer(replace(job, stage=fitted), start, say)
+    if check := read_json(folder / "oracle.json"):
+        facts |= {"first_step": check}
     artifact = start.save(folder / "artifact")
     if held:
         facts |= {"held_out": _held_out(start, held, stage)}
