@@ -1,0 +1,81 @@
+"""What a stage takes of memory, and the pass that fits what there is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tiny import tiny_policy
+from tiny_runs import SEED, answered, asked, paired, prepared, stage_of
+
+from posttrain.data.prepare import Prepared
+from posttrain.pipeline.memory import Terms, fit, stage_memory, told
+from posttrain.recipe.schema import Lora
+from posttrain.records import UserError
+
+DATA = {"sft": answered, "dpo": paired, "dpo on-policy": asked, "grpo": asked}
+
+
+def data_of(name: str) -> Prepared:
+    return prepared(DATA[name]())
+
+
+def terms_of(name: str, adapter: Lora | None = None, **settings: Any) -> Terms:
+    return stage_memory(stage_of(name, **settings), data_of(name), tiny_policy(adapter=adapter), SEED)
+
+
+@pytest.mark.parametrize("adapter", [None, Lora(r=4)])
+@pytest.mark.parametrize("name", ["sft", "dpo", "dpo on-policy", "grpo"])
+def test_every_kind_of_stage_is_counted(name: str, adapter: Lora | None) -> None:
+    policy = tiny_policy(adapter=adapter)
+    terms = stage_memory(stage_of(name), data_of(name), policy, SEED)
+    trained = sum(p.nbytes for p in policy.parameters().values())
+    assert terms["weights"] == sum(p.nbytes for p in policy.model.parameters())
+    assert terms["optimiser"] == 2 * trained
+    assert ("reference" in terms) == (name == "grpo")  # the one with a KL weight
+    assert all(size >= 0 for size in terms.values())
+
+
+def test_a_checkpoint_counts_where_one_falls_due() -> None:
+    without, due = (terms_of("sft", checkpoint_every=every) for every in (100, 2))
+    assert "checkpoint" not in without
+    assert due["checkpoint"] == due["base"] + due["optimiser"]
+
+
+def test_a_smaller_pass_and_recomputation_take_less() -> None:
+    def passing(terms: Terms) -> int:
+        return terms["activations"] + terms["work"]
+
+    large, small = (terms_of("sft", batch_size=8, tokens_per_forward=tokens) for tokens in (512, 64))
+    recomputed = terms_of("sft", batch_size=8, tokens_per_forward=512, activation_checkpointing=True)
+    assert passing(small) < passing(large)
+    assert passing(recomputed) < passing(large)
+
+
+def test_fit_lowers_the_pass_until_it_fits_and_then_recomputes() -> None:
+    policy, data = tiny_policy(intermediate_size=4096), prepared(answered()[:4])
+    stage = stage_of("sft", batch_size=4, steps=1, tokens_per_forward=256)
+
+    def peak(tokens: int, recompute: bool = False) -> int:
+        update = {"tokens_per_forward": tokens, "activation_checkpointing": recompute}
+        return sum(stage_memory(stage.model_copy(update=update), data, policy, SEED).values())
+
+    def fitted(limit: float) -> tuple[int, bool]:
+        found = fit(stage.model_copy(update={"memory_gb": limit / 1e9}), data, policy, SEED)
+        return found.tokens_per_forward, found.activation_checkpointing
+
+    assert fit(stage, data, policy, SEED) is stage
+    assert fitted(peak(256)) == (256, False)
+    tight = (peak(128) + peak(64)) / 2
+    tokens, recompute = fitted(tight)
+    assert peak(tokens, recompute) <= tight
+    assert not recompute
+    least = peak(64, recompute=True)
+    assert least < peak(64)
+    assert fitted((least + peak(64)) / 2)[1]
+    with pytest.raises(UserError, match="memory_gb is"):
+        fitted(least - 1)
+
+
+def test_terms_are_told_largest_first() -> None:
+    assert told({"small": 1, "weights": 2_000_000_000, "process": 500_000_000}) == "weights 2.00, process 0.50"
