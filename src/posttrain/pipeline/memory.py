@@ -28,8 +28,8 @@ HEAVIEST = 8
 UNUSED = 400_000_000
 HOLES = {"weights": 1 / 3, "gradients": 3 / 4, "activations": 1 / 5, "work": 1 / 5}
 """What glibc's heap holds beside the tensors, for `machine.tune` lets it keep what is freed: bytes in any case, and a
-share of what comes and goes (of the weights, what reading them left). Fitted to five stages of one
-model of 135M weights in float32, LoRA and full, passes of 256 to 4,096 tokens; not yet checked on another size."""
+share of what comes and goes (of the weights, what reading them left). Fitted to five SFT stages of one 135M model, and
+checked on the others of `benchmarks/memory.py`."""
 
 Terms = dict[str, int]
 """Bytes by what takes them; their sum is the peak."""
