@@ -20,7 +20,7 @@ from posttrain.models.policy import weights_digest
 from posttrain.records import Example, Failure
 from posttrain.training.loop import train
 
-# oneDNN, short of memory itself, takes another way to the same product, and digests are compared here.
+# PyTorch's default products: with oneDNN's the digests below differ, and why is not known yet.
 torch.backends.mkldnn.matmul.fp32_precision = "none"
 folder, budget, limit = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 words = "the quick brown fox jumps over the lazy dog and does not mind ".split()
