@@ -152,9 +152,7 @@ def _fitting(
         for parameter in policy.parameters().values():
             parameter.grad = None
         budget //= 2
-        warn(
-            f"out of memory: this step is computed again, and the rest, in passes of {budget} tokens (same but for rounding)"
-        )
+        warn(f"out of memory: this step again, and the rest, in passes of {budget} tokens; the same but for rounding")
 
 
 def out_of_memory(error: BaseException) -> bool:
