@@ -29,11 +29,11 @@ def tune() -> dict[str, Any]:
     rounds depends on the processor (one with AMX does, others have no faster way than float32), so a product is
     compared with float64 first, and the permission is withdrawn where the error is above `EXACT`.
 
-    oneDNN keeps the code it made for the last 1,024 shapes, near a megabyte each, and no two passes of a run have the
-    same shape: it is told to keep what one pass needs.
+    oneDNN keeps the code it made for the last 1,024 shapes, and no two passes of a run have the same shape: it is
+    told to keep what one pass needs.
 
     glibc gives large freed blocks back to the system, and each product then waits for its pages to be mapped and
-    zeroed anew: a fifth of a step's processor time. It is told to keep them.
+    zeroed anew. It is told to keep them.
     """
     return {
         "threads": torch.get_num_threads(),
