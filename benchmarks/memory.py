@@ -113,12 +113,11 @@ def prepare(shape: Shape, folder: Path) -> None:
 
 def side(what: str, shape: Shape, folder: Path) -> dict[str, Any]:
     """In a fresh process: predict, or run and measure."""
-    from posttrain.machine import own_memory
+    from posttrain.machine import own_memory, peak_memory
     from posttrain.models.policy import load, outline
     from posttrain.pipeline.memory import stage_memory
     from posttrain.pipeline.stages import Job, Say, run_stage, stage_data
     from posttrain.recipe.schema import Recipe
-    from posttrain.training.loop import peak_memory
 
     own = own_memory()
     made = Recipe.model_validate(recipe(shape, folder))

@@ -1,7 +1,11 @@
-"""The setting that makes float32 products fast must leave them float32."""
+"""The setting that makes float32 products fast must leave them float32; memory is counted as it was held."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
+import pytest
 import torch
 
 from posttrain import machine
@@ -35,3 +39,23 @@ def test_permission_is_withdrawn_where_products_are_rounded(monkeypatch):
         assert matmul.fp32_precision == "none"
     finally:
         matmul.fp32_precision = before
+
+
+CHILD = """
+from posttrain.machine import own_memory, peak_memory
+
+own, before = own_memory(), peak_memory()
+held = b"x" * 2**28
+del held
+print(own, before, peak_memory(), own_memory())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is one number for all of it")
+def test_memory_is_the_process_s_own_and_its_peak_stays():
+    held = b"x" * 2**29  # by the parent, which is no business of the child's
+    found = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, check=True)
+    own, before, after, own_again = map(int, found.stdout.split())
+    assert 2**26 < own <= before < machine.peak_memory() - len(held) / 2
+    assert after - before >= 0.9 * 2**28
+    assert own_again == own

@@ -6,7 +6,9 @@ import ctypes
 import functools
 import os
 import platform
+import re
 import resource
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +70,21 @@ def _kept() -> bool:
 @functools.cache
 def own_memory() -> int:
     """Bytes of the process itself, its libraries loaded, no model yet: to be called first before there is one."""
-    pages = Path("/proc/self/statm")
-    if pages.exists():
-        return int(pages.read_text().split()[1]) * resource.getpagesize()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: the peak, in bytes
+    return _resident("VmRSS")
+
+
+def peak_memory() -> int:
+    """Most bytes the process has held so far."""
+    return _resident("VmHWM")
+
+
+def _resident(name: str) -> int:
+    """As Linux has it; elsewhere the peak stands for both. On Linux ru_maxrss begins with what the parent held."""
+    status = Path("/proc/self/status")
+    found = re.search(rf"^{name}:\s+(\d+) kB$", status.read_text() if status.exists() else "", re.MULTILINE)
+    if found:
+        return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def worst_error() -> float:

@@ -31,13 +31,12 @@ from safetensors.torch import load_file, save_file
 
 from posttrain.cluster.rollouts import Pool, RolloutActor
 from posttrain.cluster.sharded import shard
-from posttrain.machine import tune
+from posttrain.machine import peak_memory, tune
 from posttrain.models.disk import write_text
 from posttrain.models.policy import Policy
 from posttrain.pipeline.stages import Job, Say, Trainer, learn
 from posttrain.recipe.schema import Dpo, Grpo
 from posttrain.records import Failure, Ledger, UserError
-from posttrain.training.loop import peak_memory
 from posttrain.training.world import Distributed
 
 LOCAL = "local"

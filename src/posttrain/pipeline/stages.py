@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 from posttrain.data.chat import Rendered, Renderer
 from posttrain.data.prepare import Prepared, prepare
 from posttrain.evals.stats import wilson
+from posttrain.machine import peak_memory
 from posttrain.models.policy import Policy
 from posttrain.models.reward import fitting, reward_model
 from posttrain.pipeline.folder import digest, read_json, write_json
@@ -27,7 +28,7 @@ from posttrain.sampling.protocol import Sampler
 from posttrain.training.batch import Method
 from posttrain.training.dpo import DpoMethod, pairs_from_data, pairs_on_policy, read_pairs, write_pairs
 from posttrain.training.grpo import GrpoMethod
-from posttrain.training.loop import peak_memory, train
+from posttrain.training.loop import train
 from posttrain.training.reward import RewardMethod, ends, hold_out, preferred
 from posttrain.training.sft import SftMethod
 from posttrain.training.world import ALONE, World

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -284,9 +282,3 @@ def _nonfinite(folder: Path, stage: StageBase, step: int, what: str, batch: Batc
         f"stage {stage.id!r}, step {step}: {what}. Checkpoints are from before this step; {kept}. Lower optim.lr, or "
         "set nonfinite: skip to pass over steps whose loss or gradient is not finite, and choose another --out"
     )
-
-
-def peak_memory() -> int:
-    """Most memory the process has held so far, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
