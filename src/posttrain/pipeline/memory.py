@@ -8,17 +8,17 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from posttrain.data.prepare import Prepared, schedule
+from posttrain.data.prepare import Prepared
 from posttrain.forest import Row, hidden_states, pack, split, token_logprobs
 from posttrain.machine import own_memory
 from posttrain.models.memory import Pass, measure_forward, measure_pass
 from posttrain.models.policy import Policy
 from posttrain.recipe.schema import Dpo, Grpo, RewardModel, Sampling, Stage
-from posttrain.records import UserError, derive
+from posttrain.records import UserError
 from posttrain.sampling import local
 from posttrain.sampling.choose import cut
 from posttrain.sampling.grid import BLOCK
-from posttrain.training.batch import chosen, interval, rejected
+from posttrain.training.batch import chosen, draws, interval, rejected
 
 SMALLEST = 64
 """Tokens of a pass below which a budget is not lowered: it then costs much time and saves little."""
@@ -130,12 +130,11 @@ def _forward(stage: Stage, rows: Sequence[Row]) -> Callable[[nn.Module], torch.T
 def _batches(stage: Stage, data: Prepared, seed: int) -> list[list[tuple[Row, ...]]]:
     """The heaviest of the stage's batches, as the rows that must share a pass."""
     period = stage.iterations if isinstance(stage, Grpo) else 1
-    size, slots = stage.batch_size, math.ceil(stage.steps / period) * stage.batch_size
-    order = schedule([len(rows) for rows in data.rows], data.weights, slots, derive(seed, stage.id, "order"))
+    order = draws(stage, data.rows, data.weights, seed, period)
     made = []
-    for first in range(0, slots, size):
+    for first in range(0, len(order), stage.batch_size):
         units: list[tuple[Row, ...]] = []
-        for source, i in order[first : first + size]:
+        for source, i in order[first : first + stage.batch_size]:
             item = data.rows[source][i]
             if isinstance(stage, Grpo):
                 units += [(_sampled(item.prompt_ids, stage.sampling, k),) for k in range(stage.n)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor
 
 from posttrain.data.chat import Rendered
+from posttrain.data.prepare import schedule
 from posttrain.forest import Forest, Row, pack, share, split, token_logprobs
 from posttrain.forest.logprobs import States
 from posttrain.losses import Counts
 from posttrain.models.policy import Policy
-from posttrain.records import Example, Ledger
+from posttrain.recipe.schema import StageBase
+from posttrain.records import Example, Ledger, derive
 from posttrain.training.world import ALONE, World
 
 
@@ -63,6 +66,14 @@ class LogProbs:
 
     def forward(self, model: torch.nn.Module, forest: Forest, states: States) -> Tensor:
         return token_logprobs(model, forest, self.temperature, states)
+
+
+def draws(
+    stage: StageBase, sources: Sequence[Sequence[Any]], weights: Sequence[float], seed: int, period: int = 1
+) -> list[tuple[int, int]]:
+    """(source, row) of all that the stage learns from, batch after batch of `batch_size`, each used `period` steps."""
+    slots = math.ceil(stage.steps / period) * stage.batch_size
+    return schedule([len(rows) for rows in sources], weights, slots, derive(seed, stage.id, "order"))
 
 
 def row(prompt: Sequence[int], completion: Sequence[int], target: Sequence[bool]) -> Row:

@@ -23,7 +23,7 @@ from posttrain.models.policy import Policy
 from posttrain.recipe.schema import Dpo
 from posttrain.records import Example, Ledger, Score, UserError, derive
 from posttrain.sampling.protocol import Sampler
-from posttrain.training.batch import Batch, LogProbs, asked, chosen, frozen_logprobs, pair_sample, rejected
+from posttrain.training.batch import Batch, LogProbs, asked, chosen, draws, frozen_logprobs, pair_sample, rejected
 from posttrain.training.world import ALONE, World
 
 
@@ -45,8 +45,7 @@ class DpoMethod(LogProbs):
     def __init__(self, stage: Dpo, data: Prepared, seed: int, pairs: list[list[Pair]]) -> None:
         some = [s for s, part in enumerate(pairs) if part]  # a source that gave no pair leaves the mixture
         self.stage, self.pairs = stage, [pairs[s] for s in some]
-        weights, slots = [data.weights[s] for s in some], stage.steps * stage.batch_size
-        self.order = schedule([len(part) for part in self.pairs], weights, slots, derive(seed, stage.id, "order"))
+        self.order = draws(stage, self.pairs, [data.weights[s] for s in some], seed)
 
     def batch(self, step: int) -> Batch:
         size = self.stage.batch_size

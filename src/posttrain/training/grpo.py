@@ -9,7 +9,7 @@ from torch import Tensor
 
 from posttrain.credit.batch import as_row, groups
 from posttrain.credit.grpo import advantages
-from posttrain.data.prepare import Prepared, schedule
+from posttrain.data.prepare import Prepared
 from posttrain.forest import Forest
 from posttrain.losses import (
     Counts,
@@ -24,7 +24,7 @@ from posttrain.models.policy import Policy
 from posttrain.recipe.schema import Grpo
 from posttrain.records import Example, Failure, Ledger, Rollout, Score, derive
 from posttrain.sampling.protocol import Ahead, Answer, Sampler
-from posttrain.training.batch import Batch, LogProbs, frozen_logprobs, interval
+from posttrain.training.batch import Batch, LogProbs, draws, frozen_logprobs, interval
 from posttrain.training.world import ALONE, World
 
 
@@ -78,8 +78,7 @@ class GrpoMethod(LogProbs):
         self.asked: dict[int, tuple[str, Answer]] = {}
         self.temperature = stage.sampling.temperature
         self.period = stage.iterations
-        slots = math.ceil(stage.steps / stage.iterations) * stage.batch_size
-        self.order = schedule([len(rows) for rows in data.rows], data.weights, slots, derive(seed, stage.id, "order"))
+        self.order = draws(stage, data.rows, data.weights, seed, self.period)
         self.reference = policy.snapshot() if stage.kl_weight else None
 
     def batch(self, step: int) -> Batch:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from posttrain.data.chat import Rendered
-from posttrain.data.prepare import Prepared, prompt_key, schedule
+from posttrain.data.prepare import Prepared, prompt_key
 from posttrain.forest import Forest, Row, hidden_states, pack, split
 from posttrain.forest.logprobs import States
 from posttrain.losses import Counts, bradley_terry, reduce_pairs
 from posttrain.models.reward import head
 from posttrain.recipe.schema import RewardModel
-from posttrain.records import UserError, derive
-from posttrain.training.batch import Batch, pair_sample
+from posttrain.records import UserError
+from posttrain.training.batch import Batch, draws, pair_sample
 
 
 class RewardMethod:
@@ -26,8 +26,7 @@ class RewardMethod:
 
     def __init__(self, stage: RewardModel, data: Prepared, seed: int) -> None:
         self.stage, self.data = stage, data
-        slots = stage.steps * stage.batch_size
-        self.order = schedule([len(rows) for rows in data.rows], data.weights, slots, derive(seed, stage.id, "order"))
+        self.order = draws(stage, data.rows, data.weights, seed)
 
     def batch(self, step: int) -> Batch:
         size = self.stage.batch_size

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from posttrain.data.prepare import Prepared, schedule
+from posttrain.data.prepare import Prepared
 from posttrain.forest import Forest
 from posttrain.losses import Counts, nll, reduce_tokens
 from posttrain.recipe.schema import Sft
-from posttrain.records import derive
-from posttrain.training.batch import Batch, LogProbs, chosen
+from posttrain.training.batch import Batch, LogProbs, chosen, draws
 
 
 class SftMethod(LogProbs):
@@ -21,8 +20,7 @@ class SftMethod(LogProbs):
 
     def __init__(self, stage: Sft, data: Prepared, seed: int) -> None:
         self.stage, self.data = stage, data
-        slots = stage.steps * stage.batch_size
-        self.order = schedule([len(rows) for rows in data.rows], data.weights, slots, derive(seed, stage.id, "order"))
+        self.order = draws(stage, data.rows, data.weights, seed)
 
     def batch(self, step: int) -> Batch:
         size = self.stage.batch_size
