@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -82,7 +81,7 @@ def measure_pass(model: nn.Module, run: Callable[[nn.Module], Tensor], recompute
     """
     moments = []
     total = len(_stack(model))
-    shallow = _fake(model, min(DEPTHS[0], total))
+    shallow = _shallow(model, min(DEPTHS[0], total))
     for depth in DEPTHS if total > DEPTHS[0] else DEPTHS[:1]:
         del _stack(shallow)[depth:]
         moments.append(_moments(shallow, run, recompute, again))
@@ -100,7 +99,7 @@ def measure_pass(model: nn.Module, run: Callable[[nn.Module], Tensor], recompute
 @torch.no_grad()
 def measure_forward(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> int:
     """Bytes at the peak of `run(model)` without a backward pass, beside weights; layers leave nothing behind."""
-    shallow = _fake(model, 2)
+    shallow = _shallow(model, 2)
     with Meter([*shallow.parameters(), *shallow.buffers()]) as meter:
         run(shallow)
     return meter.peak
@@ -156,7 +155,13 @@ class Meter(TorchDispatchMode):
         return self
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and args[0].is_meta and kwargs.get("device", args[0].device).type == "cpu":
+            out = torch.empty(args[0].shape, dtype=kwargs.get("dtype", args[0].dtype), device=kwargs["device"])
+        elif func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta and args[0].dtype == torch.bool:
+            return False
+        else:
+            out = func(*args, **kwargs)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
@@ -181,14 +186,12 @@ def _stack(model: nn.Module) -> nn.ModuleList:
     raise ValueError(f"{type(model).__name__} has no list of layers")
 
 
-def _fake(model: nn.Module, depth: int) -> nn.Module:
-    """A copy with `depth` layers whose weights have shapes and no values; they pass for weights of the CPU."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+def _shallow(model: nn.Module, depth: int) -> nn.Module:
+    """A copy with `depth` layers on the meta device."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        with mode:
-            fake = torch.empty(tensor.shape, dtype=tensor.dtype)
-        memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+        empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
     stack = _stack(model)
     memo[id(stack)] = nn.ModuleList(copy.deepcopy(layer, memo) for layer in list(stack)[:depth])
     return copy.deepcopy(model, memo)

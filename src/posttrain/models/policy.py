@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from posttrain.machine import tune
 from posttrain.models import place
 from posttrain.models.disk import staged
-from posttrain.models.lora import fuse
+from posttrain.models.fused import fuse
 from posttrain.models.quiet import quiet
 from posttrain.models.source import is_hub_id, json_file, resolve
 from posttrain.models.template import end_of_turn, with_template
@@ -213,6 +213,7 @@ def attach(
     model.get_input_embeddings().padding_idx = None
     digest = base_digest or weights_digest(dict(model.named_parameters()))
     if adapter is None:
+        fuse(model)
         return Policy(model.requires_grad_(True), tokenizer, source, digest, revision)
     targets, transposed = _targets(model, adapter)
     config = LoraConfig(
@@ -264,20 +265,22 @@ def load(
     at = place.device(device)
     folder = resolve(source, revision)
     _refuse_reward_model(folder)
-    if not (folder / "adapter_config.json").is_file():
-        model = _base_model(folder, source, dtype, attn_implementation).to(at)
+
+    def loaded(base: Path, origin: str) -> PreTrainedModel:
+        model = _base_model(base, origin, dtype, attn_implementation).to(at)
         if compile:
             place.compile_layers(model)
-        tokenizer = _tokenizer(folder, chat_template)
+        return model
+
+    if not (folder / "adapter_config.json").is_file():
+        model, tokenizer = loaded(folder, source), _tokenizer(folder, chat_template)
         origin = _lasting(source)
         return attach(model, tokenizer, source=origin, revision=revision, adapter=adapter, seed=seed)
 
     record = _record(folder)
     origin, revision = _base_of(folder, record)
     base = resolve(origin, revision)
-    model = _base_model(base, origin, dtype, attn_implementation).to(at)
-    if compile:
-        place.compile_layers(model)
+    model = loaded(base, origin)
     digest = weights_digest(dict(model.named_parameters()))
     if record and record["dtype"] == dtype and record["base_digest"] != digest:
         raise UserError(f"{folder}: was trained on other weights than {origin} now holds; restore that base")

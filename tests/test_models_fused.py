@@ -1,4 +1,4 @@
-"""The fused low-rank layer is PEFT's, in values and gradients, and steps aside where it cannot be."""
+"""Fused layers are those of PEFT and Transformers, in values and gradients, and step aside where they cannot be."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
 from torch import nn
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from posttrain.models.lora import FusedLora, fuse
+from posttrain.models.fused import FusedGatedMlp, FusedLora, FusedNorm, _Gated, _Norm, fuse
 
 
 class Two(nn.Module):
@@ -96,3 +97,74 @@ def test_it_stays_pefts_layer():
     assert list(ours.state_dict()) == list(theirs.state_dict())
     x = torch.randn(2, 6, dtype=torch.float64)
     torch.testing.assert_close(copy.deepcopy(ours).merge_and_unload()(x), ours(x))
+
+
+def llama(**settings) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=11, **sizes, **settings)).eval()
+    for name, p in model.named_parameters():
+        if "norm" in name:
+            nn.init.normal_(p)
+    return model
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_norms_and_gated_layers_are_transformers(frozen):
+    theirs = llama()
+    for name, p in theirs.named_parameters():
+        p.requires_grad_(not frozen or "gate_proj" in name)
+    ours = copy.deepcopy(theirs)
+    fuse(ours)
+    kinds = [type(m) for m in ours.modules()]
+    assert (kinds.count(FusedNorm), kinds.count(FusedGatedMlp)) == (5, 2)
+    ids = torch.arange(11)[None]
+    found = []
+    for model in (theirs, ours):
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        found.append((loss, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+    with torch.no_grad():  # as the sampler computes: the same bits, so that a policy agrees with itself
+        assert torch.equal(ours(ids).logits, theirs(ids).logits)
+    assert torch.equal(ours(ids).logits, theirs(ids).logits)
+
+
+def test_norm_and_gate_by_finite_differences():
+    x, weight = torch.randn(3, 5, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+    torch.autograd.gradcheck(lambda x, w: _Norm.apply(x, w, 1e-2), (x.requires_grad_(), weight.requires_grad_()))
+    gate, up = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    torch.autograd.gradcheck(_Gated.apply, (gate, up))
+
+
+def test_what_autograd_keeps_shrinks():
+    def kept(model: nn.Module) -> int:
+        seen: dict[int, int] = {}
+        weights = {p.data_ptr() for p in model.parameters()}
+
+        def pack(t: torch.Tensor) -> torch.Tensor:
+            if t.data_ptr() not in weights:
+                seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = model(torch.ones(1, 64, dtype=torch.long), use_cache=False).logits
+        assert out.requires_grad
+        return sum(seen.values())
+
+    plain = llama()
+    fused = copy.deepcopy(plain)
+    fuse(fused)
+    assert kept(plain) - kept(fused) == 4 * 64 * (2 * 20 + 5 * 12)  # silu(g) of two layers, x / rms(x) of five norms
+
+
+def test_another_norm_or_activation_stays_as_it_is():
+    gelu = llama(hidden_act="gelu")
+    gemma = Gemma2ForCausalLM(
+        Gemma2Config(vocab_size=11, hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2)
+    )
+    for model in (gelu, gemma):
+        fuse(model)
+        assert FusedGatedMlp not in map(type, model.modules())
+    assert FusedNorm in map(type, gelu.modules())  # its norm is the same
+    assert FusedNorm not in map(type, gemma.modules())  # its norm multiplies by 1 + w
