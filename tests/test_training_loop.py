@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import tiny_policy
-from tiny_runs import STAGES, rows_of, run, same, sft, stage_of
+from tiny_runs import STAGES, bad_loss, rows_of, run, same, sft, stage_of
 
 from posttrain.models.policy import Policy
 from posttrain.recipe.schema import Lora
@@ -208,31 +208,10 @@ def finite(stored: checkpoint.Stored) -> bool:
     return all(bool(stored.read(name).isfinite().all()) for name in stored.forms)
 
 
-def poisoned(at: int) -> Callable[[Method, Policy], None]:
-    """The loss of step `at` is NaN."""
-
-    def change(method: Method, policy: Policy) -> None:
-        inner_batch, inner_loss = method.batch, method.loss
-        now = 0
-
-        def batch(step: int) -> Batch:
-            nonlocal now
-            now = step
-            return inner_batch(step)
-
-        def loss(*args: Any) -> Any:
-            value, stats = inner_loss(*args)
-            return (value * math.nan if now == at else value), stats
-
-        method.batch, method.loss = batch, loss  # type: ignore[method-assign]
-
-    return change
-
-
 @pytest.mark.parametrize("name", STAGES)
 def test_stop_names_step_and_batch_and_keeps_what_was_before(tmp_path, whole, name):
     with pytest.raises(NonFinite, match=r"stage 'toy', step 5: loss nan") as caught:
-        run(name, tmp_path, change=poisoned(5), checkpoint_every=2)
+        run(name, tmp_path, change=bad_loss(5), checkpoint_every=2)
     kept = tmp_path / "nonfinite-step-5.json"
     assert str(kept) in str(caught.value)
     rows = json.loads(kept.read_text())["rows"]
@@ -255,7 +234,7 @@ def test_skip_leaves_the_step_out_and_counts_it(tmp_path, name):
 
     def change(method: Method, policy: Policy) -> None:
         policies.append(policy)
-        poisoned(4)(method, policy)
+        bad_loss(4)(method, policy)
 
     def on_step(row: dict[str, Any]) -> None:
         weights.append(policies[0].snapshot())
@@ -359,7 +338,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told(tmp_path):
 def test_the_batch_of_a_stopped_step_is_lost_without_hiding_why(tmp_path):
     (tmp_path / "nonfinite-step-1.json").mkdir()
     with pytest.raises(NonFinite, match=r"step 1: loss nan.*its batch is lost"):
-        run("sft", tmp_path, change=poisoned(1))
+        run("sft", tmp_path, change=bad_loss(1))
 
 
 def test_a_model_with_nothing_to_train_is_refused(tmp_path):

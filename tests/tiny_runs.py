@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from posttrain.models.reward import reward_model
 from posttrain.recipe.schema import Dpo, Grpo, Lora, RewardModel, Sft, StageBase
 from posttrain.records import Example, Ledger, Score
 from posttrain.sampling.local import LocalSampler
-from posttrain.training.batch import Method
+from posttrain.training.batch import Batch, Method
 from posttrain.training.dpo import DpoMethod, pairs_from_data, pairs_on_policy, read_pairs, write_pairs
 from posttrain.training.grpo import GrpoMethod
 from posttrain.training.loop import TIMES, train
@@ -159,6 +160,27 @@ def run(
     method = method_of(name, policy, stage, folder)
     change(method, policy)
     return policy, train(policy, method, stage, folder, SEED, on_step)
+
+
+def bad_loss(at: int, bad: float = math.nan) -> Callable[[Method, Policy], None]:
+    """A `change` after which the loss of step `at` is multiplied by `bad`."""
+
+    def change(method: Method, policy: Policy) -> None:
+        inner_batch, inner_loss = method.batch, method.loss
+        now = 0
+
+        def batch(step: int) -> Batch:
+            nonlocal now
+            now = step
+            return inner_batch(step)
+
+        def loss(*args: Any) -> Any:
+            value, stats = inner_loss(*args)
+            return (value * bad if now == at else value), stats
+
+        method.batch, method.loss = batch, loss  # type: ignore[method-assign]
+
+    return change
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
