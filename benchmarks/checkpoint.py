@@ -10,21 +10,20 @@ pays. An adapter's state is 60 MB, that of all weights 1.6 GB.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from measured import Row, keep, row, show
-from side_posttrain import method_of
+from measured import Row, parser, report, row
+from side_posttrain import method_of, policy_of
 from train import QUICK
-from workload import ALPHA, MODEL, RANK, Workload, write
+from workload import Workload, write
 
 from posttrain.machine import tune
-from posttrain.models.policy import Policy, load
-from posttrain.recipe.schema import Lora, StageBase
+from posttrain.models.policy import Policy
+from posttrain.recipe.schema import StageBase
 from posttrain.training.batch import interval
 from posttrain.training.loop import train
 
@@ -33,19 +32,11 @@ GOAL = 0.10
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--quick", action="store_true", help="tiny and once: does it run?")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    args = parser(__doc__, "--runs", "--model", "--quick", "--out").parse_args()
     tune()
-    lora = load(args.model, adapter=Lora(r=RANK, alpha=ALPHA))
-    rows = _added("LoRA", lora, args.runs, args.quick)
-    rows += _added("all weights", load(args.model), args.runs, args.quick)
-    show(rows)
-    if args.out:
-        keep(args.out, rows)
+    rows = _added("LoRA", policy_of(args.model, lora=True), args.runs, args.quick)
+    rows += _added("all weights", policy_of(args.model, lora=False), args.runs, args.quick)
+    report(rows, args.out)
 
 
 def _added(title: str, policy: Policy, runs: int, quick: bool) -> list[Row]:

@@ -8,7 +8,6 @@ is measured is the work they do twice and the waiting for one another, not a net
 
 from __future__ import annotations
 
-import argparse
 import socket
 import sys
 import tempfile
@@ -18,15 +17,13 @@ from typing import Any
 import ray
 import torch
 import torch.distributed as dist
-from measured import keep, row, show
-from side_posttrain import method_of
+from measured import parser, report, row
+from side_posttrain import method_of, policy_of
 from train import QUICK, TITLES, TOLERANCE
-from workload import ALPHA, MODEL, RANK, Workload, write
+from workload import Workload, write
 
 from posttrain.cluster.sharded import shard
 from posttrain.machine import tune
-from posttrain.models.policy import load
-from posttrain.recipe.schema import Lora
 from posttrain.training.loop import train
 from posttrain.training.world import ALONE, Distributed, World
 
@@ -41,7 +38,7 @@ def worker(work: Workload, model: str, folder: str, port: int, rank: int, size: 
     torch.set_num_threads(THREADS // size)
     tune()
     world: World = ALONE
-    policy = load(model, adapter=Lora(r=RANK, alpha=ALPHA) if work.lora else None)
+    policy = policy_of(model, work.lora)
     if size > 1:
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
         world = Distributed()
@@ -55,12 +52,7 @@ def worker(work: Workload, model: str, folder: str, port: int, rank: int, size: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--quick", action="store_true", help="tiny and once: does it run?")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    args = parser(__doc__, "--runs", "--model", "--quick", "--out").parse_args()
     environment = {"env_vars": {"PYTHONPATH": str(HERE)}}
     ray.init(num_cpus=THREADS, include_dashboard=False, logging_level="ERROR", runtime_env=environment)
     rows = []
@@ -77,9 +69,7 @@ def main() -> None:
         ratios = [one["seconds"] / two["seconds"] for one, two in zip(found[1][1:], found[2][1:], strict=True)]
         rows.append(row(f"2 Ray workers: throughput against 1, {TITLES[name]}", "times", ratios, at_least=GOAL))
     ray.shutdown()
-    show(rows)
-    if args.out:
-        keep(args.out, rows)
+    report(rows, args.out)
 
 
 def _run(work: Workload, model: str, folder: str, size: int) -> list[dict[str, Any]]:

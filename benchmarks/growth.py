@@ -9,16 +9,15 @@ and the best of two for each point. The curve over workers is the one of `cluste
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from measured import parser
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from posttrain.forest import Row, pack, split, token_logprobs
@@ -58,11 +57,9 @@ CURVES: dict[str, tuple[str, dict[Any, Point]]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=CURVES)
-    parser.add_argument("--quick", action="store_true", help="the first two points of each curve: does it run?")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    options = parser(__doc__, "--quick", "--out")
+    options.add_argument("--only", choices=CURVES)
+    args = options.parse_args()
     tune()
     found = {name: curve(name, args.quick) for name in ([args.only] if args.only else CURVES)}
     if args.out:

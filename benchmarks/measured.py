@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -13,7 +14,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from workload import MODEL
+
 Row = dict[str, Any]
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--runs": {"type": int, "default": 5},
+    "--model": {"default": MODEL},
+    "--quick": {"action": "store_true", "help": "tiny and once: does it run?"},
+    "--out": {"type": Path},
+}
 
 
 def row(
@@ -44,12 +54,23 @@ def show(rows: Sequence[Row]) -> None:
         print(f"{r['what']:{width}}  {r['value']:10.2f} {r['unit']:8}  ({low:.2f} to {high:.2f}){goal}")
 
 
-def keep(path: Path, rows: list[Row]) -> None:
-    """Put `rows` into the file in place of those of the same names; the others stay."""
-    before = json.loads(path.read_text()) if path.exists() else []
+def parser(doc: str | None, *names: str) -> argparse.ArgumentParser:
+    """Of a script whose documentation is `doc`, with those of the common options that it has."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in names:
+        made.add_argument(name, **OPTIONS[name])
+    return made
+
+
+def report(rows: list[Row], out: Path | None) -> None:
+    """Print `rows`, and put them into the file `out`, if any, in place of those of the same names; the others stay."""
+    show(rows)
+    if out is None:
+        return
+    before = json.loads(out.read_text()) if out.exists() else []
     names = {r["what"] for r in rows}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([r for r in before if r["what"] not in names] + rows, indent=2) + "\n")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps([r for r in before if r["what"] not in names] + rows, indent=2) + "\n")
 
 
 def machine() -> str:

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from measured import keep, row, show
+from measured import parser, report, row
 from workload import MODEL, Workload, write
 
 WITHIN = 0.15
@@ -161,11 +161,10 @@ def measured(shape: Shape) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="shapes whose name begins so")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--side", nargs=3, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    options = parser(__doc__, "--out")
+    options.add_argument("--only", nargs="+", metavar="NAME", help="shapes whose name begins so")
+    options.add_argument("--side", nargs=3, help=argparse.SUPPRESS)
+    args = options.parse_args()
     if args.side:
         what, shape, folder = args.side
         print(json.dumps(side(what, Shape(*json.loads(shape)), Path(folder))))
@@ -180,9 +179,7 @@ def main() -> None:
                 row(f"{shape.name}: measured", "GB", [real / 1e9]),
                 row(f"{shape.name}: error", "share", [abs(predicted / real - 1)], at_most=WITHIN),
             ]
-    show(rows)
-    if args.out:
-        keep(args.out, rows)
+    report(rows, args.out)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ say where the rest goes, the step's matrix products are run again alone, in the 
 
 from __future__ import annotations
 
-import argparse
 import functools
 import tempfile
 import time
@@ -18,18 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measured import Row, keep, row, show
-from side_posttrain import method_of
+from measured import Row, parser, report, row
+from side_posttrain import method_of, policy_of
 from torch import Tensor
 from train import QUICK
-from workload import ALPHA, MODEL, RANK, Workload, write
+from workload import Workload, write
 
 from posttrain.forest import pack, split
 from posttrain.forest.attention import decoder
 from posttrain.forest.logprobs import CHUNK
 from posttrain.machine import tune
-from posttrain.models.policy import Policy, load
-from posttrain.recipe.schema import Lora
+from posttrain.models.policy import Policy
 from posttrain.training.batch import Batch
 from posttrain.training.loop import train
 
@@ -65,12 +63,7 @@ def best(call: Callable[[], Any], seconds: float) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--quick", action="store_true", help="tiny and once: does it run?")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    args = parser(__doc__, "--runs", "--model", "--quick", "--out").parse_args()
     runs, seconds = (1, 0.01) if args.quick else (args.runs, 0.4)
     plain = [matmul(seconds) / 1e9 for _ in range(runs)]
     tune()
@@ -83,11 +76,9 @@ def main() -> None:
     work = Workload("peak", "sft", batch=4, lr=2e-5, steps=1 + runs)
     work = work._replace(**QUICK) if args.quick else work
     peaks = 1e9 * max(tuned), 1e9 * max(plain)
-    rows += _shares("SFT, LoRA", work, load(args.model, adapter=Lora(r=RANK, alpha=ALPHA)), *peaks)
-    rows += _shares("SFT, all weights", work._replace(lora=False), load(args.model), *peaks)
-    show(rows)
-    if args.out:
-        keep(args.out, rows)
+    rows += _shares("SFT, LoRA", work, policy_of(args.model, lora=True), *peaks)
+    rows += _shares("SFT, all weights", work._replace(lora=False), policy_of(args.model, lora=False), *peaks)
+    report(rows, args.out)
 
 
 def _shares(title: str, work: Workload, policy: Policy, peak: float, plain: float) -> list[Row]:

@@ -7,7 +7,6 @@ Leave the machine alone meanwhile. What fails is named at the end, and the other
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import time
 from pathlib import Path
 
 import plots
-from measured import show
+from measured import parser, show
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = ("peak", "train", "sampling", "checkpoint", "cluster", "growth")
@@ -24,11 +23,9 @@ WITHOUT_RUNS = {"growth"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--llama", action="store_true", help="llama.cpp as well; see sampling.py")
-    parser.add_argument("--quick", action="store_true", help="tiny batches, once, into a temporary folder")
-    args = parser.parse_args()
+    options = parser(__doc__, "--runs", "--quick")
+    options.add_argument("--llama", action="store_true", help="llama.cpp as well; see sampling.py")
+    args = options.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) if args.quick else plots.MEASURED
         engine, growth = folder / "engine.json", folder / "growth.json"

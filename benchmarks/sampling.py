@@ -10,7 +10,6 @@ and, with --llama, llama.cpp on 4-bit weights: a limit, not a like for like. It 
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import sys
@@ -20,9 +19,9 @@ from typing import Any
 
 import peak
 import peers
-from measured import Row, keep, row, show
+from measured import Row, parser, report, row
 from turns import Found, take_turns
-from workload import MODEL, text
+from workload import text
 
 from posttrain.data.chat import Renderer
 from posttrain.machine import tune
@@ -42,14 +41,10 @@ LLAMA = {"llama": "llama.cpp, 4-bit weights"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--only", choices=WORDS)
-    parser.add_argument("--llama", action="store_true")
-    parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--quick", action="store_true", help="short and once: does it run?")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    options = parser(__doc__, "--runs", "--model", "--quick", "--out")
+    options.add_argument("--only", choices=WORDS)
+    options.add_argument("--llama", action="store_true")
+    args = options.parse_args()
     tune()
     policy = outline(args.model)
     compute, bandwidth = peak.matmul(), peak.bandwidth()
@@ -71,9 +66,7 @@ def main() -> None:
         rows.append(row(f"{title}: share of the machine's bound", "share", shares))
         for how, what in others.items():
             rows.append(row(f"{title}: {what}", "tokens/s", [_speed(once[how])]))
-        show(rows)
-        if args.out:
-            keep(args.out, rows)
+        report(rows, args.out)
 
 
 def _job(policy: Policy, source: str, length: str, quick: bool) -> dict[str, Any]:

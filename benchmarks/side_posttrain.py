@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from workload import BETA, Turn, Workload, code, now, side
+from workload import ALPHA, BETA, RANK, Turn, Workload, code, now, side
 
 from posttrain.data.chat import Rendered, Renderer
 from posttrain.data.prepare import Prepared, prepare
 from posttrain.machine import tune
 from posttrain.models.policy import Policy, load
 from posttrain.models.reward import reward_model
-from posttrain.recipe.schema import Data, Dpo, Grpo, Optim, RewardModel, Sampling, Sft, Source
+from posttrain.recipe.schema import Data, Dpo, Grpo, Lora, Optim, RewardModel, Sampling, Sft, Source
 from posttrain.records import Example, Ledger, Rollout, Score
 from posttrain.sampling.local import LocalSampler
 from posttrain.training.batch import Method, frozen_logprobs
@@ -61,6 +61,10 @@ def _reference_seconds(policy: Policy, method: Method, stage: Any) -> float:
     began = now()
     frozen_logprobs(policy, rows, stage.tokens_per_forward)
     return now().wall - began.wall
+
+
+def policy_of(model: str, lora: bool) -> Policy:
+    return load(model, adapter=Lora(r=RANK, alpha=ALPHA) if lora else None)
 
 
 def method_of(work: Workload, policy: Policy, folder: Path) -> tuple[Policy, Method, Any, list[int]]:

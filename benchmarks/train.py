@@ -11,21 +11,19 @@ all at once would not fit in 25 GB.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import peers
-from measured import Row, keep, row, show
+from measured import Row, parser, report, row
+from side_posttrain import policy_of
 from turns import Found, take_turns
-from workload import ALPHA, MODEL, RANK, Workload, write
+from workload import Workload, write
 
-from posttrain.models.policy import load
 from posttrain.models.reward import reward_model
 from posttrain.models.source import resolve
-from posttrain.recipe.schema import Lora
 
 HERE = Path(__file__).resolve().parent
 TOLERANCE = 1e-3
@@ -67,17 +65,13 @@ QUICK = {"batch": 2, "prompt_words": (8, 12), "completion_words": (3, 6), "new_t
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=[work.name for work in WORKLOADS])
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--quick", action="store_true", help="tiny batches, once: does it run?")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    options = parser(__doc__, "--runs", "--model", "--quick", "--out")
+    options.add_argument("--only", choices=[work.name for work in WORKLOADS])
+    args = options.parse_args()
     python = str(peers.python())
     with tempfile.TemporaryDirectory() as shared:
         Path(shared, "model").symlink_to(resolve(args.model))
-        policy = load(args.model, adapter=Lora(r=RANK, alpha=ALPHA))
+        policy = policy_of(args.model, lora=True)
         policy.save(Path(shared, "adapter"))
         reward_model(policy, policy.eos_ids, 0).save(Path(shared, "classifier"))
         for work, goal in WORKLOADS.items():
@@ -96,9 +90,7 @@ def main() -> None:
             steps = take_turns(commands, work.steps, folder)
             check(work, steps)
             rows = compared(work, goal, steps)
-            show(rows)
-            if args.out:
-                keep(args.out, rows)
+            report(rows, args.out)
 
 
 def check(work: Workload, steps: list[dict[str, Found]]) -> None:

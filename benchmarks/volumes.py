@@ -7,7 +7,6 @@ Counts, not times: the machine may be busy. One forward and backward pass a work
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import pickle
 import tempfile
@@ -17,14 +16,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from measured import Row, keep, row, show
-from side_posttrain import method_of
-from workload import ALPHA, MODEL, RANK, Workload, write
+from measured import Row, parser, report, row
+from side_posttrain import method_of, policy_of
+from workload import Workload, write
 
 from posttrain.cluster.rollouts import pack
 from posttrain.cluster.sharded import shard
-from posttrain.models.policy import load
-from posttrain.recipe.schema import Lora
 from posttrain.training.loop import train
 from posttrain.training.world import Distributed
 
@@ -64,8 +61,8 @@ def worker(rank: int, folder: str, model: str, lora: bool, frozen_too: bool, ans
         return scatter(output, *args, **kwargs)
 
     dist.all_gather_single, dist.reduce_scatter_single = all_gather, reduce_scatter
-    policy = load(model, adapter=Lora(r=RANK, alpha=ALPHA) if lora else None)
-    policy, work = shard(policy, Distributed(), frozen_too), Workload("sft", "sft", 4, 1e-5, lora, steps=2)
+    policy = shard(policy_of(model, lora), Distributed(), frozen_too)
+    work = Workload("sft", "sft", 4, 1e-5, lora, steps=2)
     policy, method, stage, _ = method_of(work, policy, Path(folder))
     steps: list[Counter[str]] = []
 
@@ -96,10 +93,7 @@ def count(model: str, lora: bool, frozen_too: bool) -> dict[str, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    args = parser(__doc__, "--model", "--out").parse_args()
     rows: list[Row] = []
     for name, (lora, frozen_too) in KINDS.items():
         found = count(args.model, lora, frozen_too)
@@ -108,9 +102,7 @@ def main() -> None:
             rows.append(row(f"{name}: {kind} of one step", unit, [found.get(kind, 0) / size]))
         if not frozen_too:
             rows.append(row(f"{name}: weights to rollout actors, a version", "MB", [found["push"] / 1e6]))
-    show(rows)
-    if args.out:
-        keep(args.out, rows)
+    report(rows, args.out)
 
 
 if __name__ == "__main__":
