@@ -86,7 +86,7 @@ def test_earlier_gradients_stand_beside_the_activations() -> None:
 
 
 def test_recomputing_keeps_one_hidden_state_a_layer() -> None:
-    policy = tiny_policy(adapter=Lora(r=1, targets=("q_proj",)), num_hidden_layers=9)
+    policy = tiny_policy(adapter=Lora(r=1, targets=("q_proj",)), num_hidden_layers=9, vocab=4096)
     kept, recomputed = (
         measure_pass(policy.model, lambda m: token_logprobs(m, pack(ROWS)), recompute, again=False)
         for recompute in (False, True)

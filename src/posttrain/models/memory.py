@@ -70,7 +70,7 @@ def measure_pass(model: nn.Module, run: Callable[[nn.Module], Tensor], recompute
     """What the backward pass of `run(model)` takes at its peak.
 
     The computation runs, layer by layer and operation by operation, on tensors that have a shape and no memory
-    (FakeTensor), and the storages that live are added up. `DEPTHS` of the model's layers are enough: each of the
+    (the meta device), and the storages that live are added up. `DEPTHS` of the model's layers are enough: each of the
     moments at which the peak can fall costs the same for every further layer. Not seen is what a kernel allocates
     for itself.
 
@@ -143,7 +143,10 @@ def _moments(model: nn.Module, run: Callable[[nn.Module], Tensor], recompute: bo
 
 
 class Meter(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made while it is on, without those that were there before."""
+    """Counts the bytes of the tensors that are made while it is on, without those that were there before.
+
+    Of tensors without values, on the meta device, it answers what a pass over a forest asks all the same.
+    """
 
     def __init__(self, before: list[Tensor]) -> None:
         super().__init__()
@@ -155,11 +158,11 @@ class Meter(TorchDispatchMode):
         return self
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.ops.aten._to_copy.default and args[0].is_meta and kwargs.get("device", args[0].device).type == "cpu":
-            out = torch.empty(args[0].shape, dtype=kwargs.get("dtype", args[0].dtype), device=kwargs["device"])
-        elif func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta and args[0].dtype == torch.bool:
-            return False
+        kwargs, aten = kwargs or {}, torch.ops.aten
+        if func is aten._to_copy.default and args[0].is_meta and kwargs.get("device") == torch.device("cpu"):
+            out = torch.empty(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        elif func is aten._local_scalar_dense.default and args[0].is_meta and args[0].dtype == torch.bool:
+            return False  # Transformers asks whether position ids are those of one sequence, and they are not
         else:
             out = func(*args, **kwargs)
         for tensor in tree_leaves(out):

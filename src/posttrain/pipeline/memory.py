@@ -175,7 +175,7 @@ def _sampling(stage: Stage, data: Prepared, model: nn.Module) -> Terms:
     prefill = pack([Row(tuple(p), (), ()) for p in ids])
 
     def decode(model: nn.Module) -> torch.Tensor:
-        logits_BV = torch.empty(rows, config.vocab_size, dtype=dtype) + next(model.parameters()).flatten()[0]
+        logits_BV = torch.empty(rows, config.vocab_size, dtype=dtype, device=next(model.parameters()).device)
         return cut((logits_BV.float() - logits_BV.amax(-1, keepdim=True)).exp_(), sampling)  # what `choose` makes
 
     work = max(
