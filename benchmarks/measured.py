@@ -40,7 +40,7 @@ def row(
         "unit": unit,
         "spread": [round(min(values), 3), round(max(values), 3)],
         **goals,
-        "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "command": command(sys.argv),
         "machine": machine(),
     }
 
@@ -71,6 +71,12 @@ def report(rows: list[Row], out: Path | None) -> None:
     names = {r["what"] for r in rows}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps([r for r in before if r["what"] not in names] + rows, indent=2) + "\n")
+
+
+def command(argv: Sequence[str]) -> str:
+    """As one would type it at the root of the project; where the rows are kept is left out."""
+    out = argv.index("--out") if "--out" in argv else len(argv)
+    return shlex.join(["python", os.path.relpath(argv[0]), *argv[1:out], *argv[out + 2 :]])
 
 
 def machine() -> str:

@@ -2,8 +2,7 @@
 
 `<!-- measured:NAME -->` begins the table of docs/measured/NAME.json, `<!-- required:NAME -->` that of its rows with a
 requirement; `<!-- reference:keys -->` the table of the recipe's keys and `<!-- reference:shapes -->` that of the row
-shapes, both from the code. With --check nothing is written, and
-the exit code is 1 where a page is out of date.
+shapes, both from the code. With --check nothing is written, and the exit code is 1 where a page is out of date.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ def rendered(text: str) -> str:
     return BLOCK.sub(fill, text)
 
 
-def measured_table(rows: Sequence[dict[str, Any]]) -> str:
-    """A line for each row, and once for all rows of a command how they came about."""
+def measured_table(rows: Sequence[dict[str, Any]], by: str | None = None) -> str:
+    """A line for each row, and once for all rows of a machine how they came about: `by`, or by their commands."""
     interval = "lowest to highest" if any("spread" in row for row in rows) else "95 % interval"
     lines = _table(
         ("what", "measured", interval, "required", "met"),
@@ -49,9 +48,14 @@ def measured_table(rows: Sequence[dict[str, Any]]) -> str:
             for row in rows
         ),
     )
-    for command, machine in dict.fromkeys((row["command"], row["machine"]) for row in rows):
-        lines += f"\nMeasured by `{command}` on {machine}.\n"
+    for machine in dict.fromkeys(row["machine"] for row in rows):
+        commands = dict.fromkeys(f"`{row['command']}`" for row in rows if row["machine"] == machine)
+        lines += f"\nMeasured by {by or _listed(list(commands))} on {machine}.\n"
     return lines
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def keys_table() -> str:
@@ -83,11 +87,11 @@ def shapes_table() -> str:
 
 
 REFERENCE = {"keys": keys_table, "shapes": shapes_table}
-
-
+WHOLE = {"engine": "the scripts of `make bench`"}
+"""What a table of requirements names in place of many commands; the full table has them."""
 CONTENT = {
     "measured": lambda name: measured_table(_measured(name)),
-    "required": lambda name: measured_table([row for row in _measured(name) if "met" in row]),
+    "required": lambda name: measured_table([row for row in _measured(name) if "met" in row], WHOLE.get(name)),
     "reference": lambda name: REFERENCE[name](),
 }
 

@@ -58,6 +58,12 @@ def test_rows_of_a_quick_run(name: str, model: Path, tmp_path: Path) -> None:
         assert ("met" in row) == ("at_least" in row or "at_most" in row)
 
 
+def test_the_command_of_a_row_is_what_to_type_to_measure_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    argv = [str(ROOT / "benchmarks/train.py"), "--only", "sft", "--out", "/some/where.json", "--runs", "5"]
+    assert script("measured").command(argv) == "python benchmarks/train.py --only sft --runs 5"
+
+
 def test_growth_and_plots(tmp_path: Path) -> None:
     growth = run("growth", tmp_path / "growth.json", "--only", "group")
     assert [point["x"] for point in growth["group"]["points"]] == [1, 2]

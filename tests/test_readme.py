@@ -146,6 +146,14 @@ def test_table_says_what_was_required_and_missed() -> None:
     assert table[-1] == "Measured by `make demo` on m."
 
 
+def test_how_rows_came_about_is_said_once_for_a_machine() -> None:
+    row = {"what": "a", "value": 1, "unit": "s"}
+    rows = [{**row, "command": command, "machine": machine} for command, machine in ("am", "bm", "cm", "an", "am")]
+    table = by_path("docs/render.py").measured_table
+    assert table(rows).split("\n\n")[1:] == ["Measured by `a`, `b` and `c` on m.", "Measured by `a` on n.\n"]
+    assert table(rows[:3], "all of it").split("\n\n")[1:] == ["Measured by all of it on m.\n"]
+
+
 # The measurement
 
 
