@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tiny_policy
+import tiny
+from tiny import tiny_model, tiny_policy, tiny_tokenizer
 from tiny_runs import SEED, answered, asked, paired, prepared, stage_of
 
 from posttrain.data.prepare import Prepared
 from posttrain.pipeline.memory import Terms, fit, stage_memory, told
-from posttrain.recipe.schema import Lora
+from posttrain.pipeline.plan import plan
+from posttrain.recipe.schema import Lora, Recipe
 from posttrain.records import UserError
 
 DATA = {"sft": answered, "dpo": paired, "dpo on-policy": asked, "grpo": asked}
@@ -61,10 +65,11 @@ def test_fit_lowers_the_pass_until_it_fits_and_then_recomputes() -> None:
         return sum(stage_memory(stage.model_copy(update=update), data, policy, SEED).values())
 
     def fitted(limit: float) -> tuple[int, bool]:
-        found = fit(stage.model_copy(update={"memory_gb": limit / 1e9}), data, policy, SEED)
+        found, terms = fit(stage.model_copy(update={"memory_gb": limit / 1e9}), data, policy, SEED)
+        assert sum(terms.values()) <= limit
         return found.tokens_per_forward, found.activation_checkpointing
 
-    assert fit(stage, data, policy, SEED) is stage
+    assert fit(stage, data, policy, SEED)[0] == stage
     assert fitted(peak(256)) == (256, False)
     tight = (peak(128) + peak(64)) / 2
     tokens, recompute = fitted(tight)
@@ -79,3 +84,33 @@ def test_fit_lowers_the_pass_until_it_fits_and_then_recomputes() -> None:
 
 def test_terms_are_told_largest_first() -> None:
     assert told({"small": 1, "weights": 2_000_000_000, "process": 500_000_000}) == "weights 2.00, process 0.50"
+
+
+def recipe_of(folder: Path, model: str, **settings: Any) -> Recipe:
+    tiny_model(model, num_hidden_layers=3).save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    rows = [{"prompt": f"What is {i}?", "completion": "A number."} for i in range(8)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"sources": [{"source": str(folder / "rows.jsonl")}]}
+    stage = {"id": "a", "kind": "sft", "data": data, "steps": 2, "batch_size": 4, **settings}
+    made = {"schema": 1, "name": "r", "model": {"source": str(folder / "model")}, "stages": [stage]}
+    return Recipe.model_validate_json(json.dumps(made))
+
+
+def test_a_dry_run_tells_the_peak_and_the_pass(tmp_path: Path) -> None:
+    planned = plan(recipe_of(tmp_path, "llama", memory_gb=100.0))
+    terms = planned.stages[0].memory
+    assert isinstance(terms, dict)
+    assert f"peak memory: {sum(terms.values()) / 1e9:.2f} GB: process" in planned.text()
+
+
+def test_a_mixture_whose_routing_needs_values_is_planned_without_its_peak(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = {"num_key_value_heads": 2, "num_local_experts": 4}
+    monkeypatch.setitem(tiny.ARCHS, "mixtral", experts)
+    planned = plan(recipe_of(tmp_path, "mixtral"))
+    assert planned.stages[0].steps == 2
+    assert "peak memory: not predicted: MixtralForCausalLM does not run without values" in planned.text()
+    with pytest.raises(UserError, match=r"'a': memory_gb: no pass can be picked.*set tokens_per_forward"):
+        plan(recipe_of(tmp_path, "mixtral", memory_gb=1.0))

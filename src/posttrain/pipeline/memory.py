@@ -10,6 +10,7 @@ from torch import nn
 
 from posttrain.data.prepare import Prepared
 from posttrain.forest import Row, hidden_states, pack, split, token_logprobs
+from posttrain.forest.attention import decoder
 from posttrain.machine import own_memory
 from posttrain.models.memory import Pass, measure_forward, measure_pass
 from posttrain.models.policy import Policy
@@ -35,10 +36,17 @@ Terms = dict[str, int]
 """Bytes by what takes them; their sum is the peak."""
 
 
+class Unpredicted(Exception):
+    """The model cannot be run without values (one whose routing depends on them cannot): says why."""
+
+
 def stage_memory(stage: Stage, data: Prepared, policy: Policy, seed: int) -> Terms:
     """The terms of the stage's peak: of training, or of sampling where that takes more.
 
     `policy` may be an outline. Sampled completions are taken to be as long as they may.
+
+    Raises:
+        Unpredicted: by this model.
     """
     trained = sum(p.nbytes for p in policy.parameters().values())
     moments = sum(p.numel() * _state_bytes(p) for p in policy.parameters().values())
@@ -50,32 +58,41 @@ def stage_memory(stage: Stage, data: Prepared, policy: Policy, seed: int) -> Ter
     terms["optimiser"] = moments
     if interval(stage.checkpoint_every, period) < stage.steps:
         terms["checkpoint"] = trained + moments
-    step = _largest_pass(stage, data, policy.model, seed)
+    try:
+        step, sampling = _largest_pass(stage, data, policy.model, seed), _sampling(stage, data, policy.model)
+    except Exception as error:  # the model's code is not ours, and may fail in any way
+        said = str(error).partition("\n")[0]
+        raise Unpredicted(f"{type(decoder(policy.model)).__name__} does not run without values ({said})") from error
     training = {"gradients": step.gradients, "activations": step.activations, "work": step.work}
-    sampling = _sampling(stage, data, policy.model)
     terms |= training if step.peak >= sum(sampling.values()) else sampling
     holes = sum(share * terms.get(name, 0) for name, share in HOLES.items())
     return terms | {"allocator": UNUSED + round(holes)}
 
 
-def fit(stage: Stage, data: Prepared, policy: Policy, seed: int) -> Stage:
-    """The stage with the largest token budget, halving, whose peak stays below `memory_gb`.
+def fit(stage: Stage, data: Prepared, policy: Policy, seed: int) -> tuple[Stage, Terms]:
+    """The stage with the largest token budget, halving, whose peak stays below `memory_gb`, and that peak's terms.
 
     Activation checkpointing is switched on where no budget is small enough without it.
 
     Raises:
-        UserError: with neither.
+        UserError: it fits with neither, or nobody can say whether it does.
+        Unpredicted: the same without `memory_gb`.
     """
-    if stage.memory_gb is None:
-        return stage
-    limit = stage.memory_gb * 1e9
     for recompute in sorted({stage.activation_checkpointing, True}):
         budget = stage.tokens_per_forward
         while budget >= min(SMALLEST, stage.tokens_per_forward):
             tried = stage.model_copy(update={"tokens_per_forward": budget, "activation_checkpointing": recompute})
-            terms = stage_memory(tried, data, policy, seed)
-            if sum(terms.values()) <= limit:
-                return tried
+            try:
+                terms = stage_memory(tried, data, policy, seed)
+            except Unpredicted as error:
+                if stage.memory_gb is None:
+                    raise
+                raise UserError(
+                    f"stage {stage.id!r}: memory_gb: no pass can be picked, for the peak cannot be predicted: {error}; "
+                    "leave memory_gb out and set tokens_per_forward"
+                ) from error
+            if stage.memory_gb is None or sum(terms.values()) <= stage.memory_gb * 1e9:
+                return tried, terms
             budget //= 2
     raise UserError(
         f"stage {stage.id!r}: needs {sum(terms.values()) / 1e9:.1f} GB ({told(terms)}) even in passes of {budget * 2} "

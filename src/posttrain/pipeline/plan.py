@@ -11,7 +11,7 @@ from posttrain.evals import retention, suites
 from posttrain.machine import own_memory
 from posttrain.models.cost import forward_flops_per_token, training_flops_per_token
 from posttrain.models.policy import Policy, outline
-from posttrain.pipeline.memory import Terms, fit, stage_memory, told
+from posttrain.pipeline.memory import Terms, Unpredicted, fit, told
 from posttrain.pipeline.stages import stage_data
 from posttrain.recipe.schema import Dpo, Grpo, Recipe, RewardModel, Stage
 from posttrain.training.reward import hold_out
@@ -34,8 +34,8 @@ class StagePlan:
     flops: float
     tokens_per_forward: int
     """As the recipe says, or lowered to fit `memory_gb`."""
-    memory: Terms
-    """Bytes at the peak by what takes them."""
+    memory: Terms | str
+    """Bytes at the peak by what takes them, or why that is not known."""
     example: str
 
 
@@ -58,7 +58,7 @@ class Plan:
                 f"{s.id} ({s.kind}): {s.steps} steps over {s.rows} rows",
                 f"  tokens trained {s.trained_tokens:,}, generated at most {s.generated_tokens:,}",
                 f"  about {s.flops:.2g} FLOPs, passes of {s.tokens_per_forward:,} tokens",
-                f"  at peak {sum(s.memory.values()) / 1e9:.2f} GB: {told(s.memory)}",
+                f"  peak memory: {_peak(s.memory)}",
                 f"  example, trained tokens in {MARKS[0]}{MARKS[1]}:",
                 *(f"    {line}" for line in s.example.splitlines()),
             ]
@@ -119,11 +119,23 @@ def _stage(stage: Stage, data: Prepared, policy: Policy, seed: int) -> StagePlan
     targets = branches if isinstance(stage, RewardModel) else answers
     flops = trained * training_flops_per_token(config, policy.adapter is not None, int(context), targets / each)
     flops += generated * forward_flops_per_token(config, int(context))
-    stage = fit(stage, data, policy, seed)
+    memory: Terms | str
+    try:
+        stage, memory = fit(stage, data, policy, seed)
+    except Unpredicted as error:
+        memory = str(error)
     return StagePlan(
         stage.id, stage.kind, stage.steps, len(rows), round(trained), round(generated), flops,
-        stage.tokens_per_forward, stage_memory(stage, data, policy, seed), _shown(rows[0], policy.tokenizer),
+        stage.tokens_per_forward, memory, _shown(rows[0], policy.tokenizer),
     )  # fmt: skip
+
+
+def _peak(memory: Terms | str) -> str:
+    return (
+        f"not predicted: {memory}"
+        if isinstance(memory, str)
+        else f"{sum(memory.values()) / 1e9:.2f} GB: {told(memory)}"
+    )
 
 
 def _shown(row: Rendered, tokenizer: Any) -> str:

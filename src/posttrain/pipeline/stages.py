@@ -127,7 +127,7 @@ def run_stage(job: Job, say: Say, trainer: Trainer = train_here) -> None:
         start = reward_model(start, *head)
         data, held = hold_out(stage, data)
         job = Job(stage, partial(_headed, job.load, *head), data, folder, seed)
-    fitted = fit(stage, data, start, seed)
+    fitted = fit(stage, data, start, seed)[0] if stage.memory_gb else stage
     if fitted != stage:
         recomputed = ", activations recomputed" if fitted.activation_checkpointing else ""
         say.line(f"{stage.id}: passes of {fitted.tokens_per_forward} tokens{recomputed}, to stay in its memory_gb")
