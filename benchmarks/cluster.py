@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from measured import parser, report, row
 from side_posttrain import method_of, policy_of
-from train import QUICK, TITLES, TOLERANCE
+from train import QUICK, TITLES, TOLERANCE, WORKLOADS
 from workload import Workload, write
 
 from posttrain.cluster.sharded import shard
@@ -56,10 +56,8 @@ def main() -> None:
     environment = {"env_vars": {"PYTHONPATH": str(HERE)}}
     ray.init(num_cpus=THREADS, include_dashboard=False, logging_level="ERROR", runtime_env=environment)
     rows = []
-    for lora in (True, False):
-        name = "sft" if lora else "sft-full"
-        work = Workload(name, "sft", batch=4, lr=2e-5, lora=lora, steps=1 + (1 if args.quick else args.runs))
-        work = work._replace(**QUICK) if args.quick else work
+    for work in (work for work in WORKLOADS if work.kind == "sft"):
+        work = work._replace(steps=1 + (1 if args.quick else args.runs), **(QUICK if args.quick else {}))
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder), work)
             found = {size: _run(work, args.model, folder, size) for size in (1, 2)}
@@ -67,7 +65,7 @@ def main() -> None:
             if abs(one["loss"] - two["loss"]) > TOLERANCE:
                 sys.exit(f"step {one['step']}: the loss is {one['loss']} on one worker and {two['loss']} on two")
         ratios = [one["seconds"] / two["seconds"] for one, two in zip(found[1][1:], found[2][1:], strict=True)]
-        rows.append(row(f"2 Ray workers: throughput against 1, {TITLES[name]}", "times", ratios, at_least=GOAL))
+        rows.append(row(f"2 Ray workers: throughput against 1, {TITLES[work.name]}", "times", ratios, at_least=GOAL))
     ray.shutdown()
     report(rows, args.out)
 

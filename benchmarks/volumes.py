@@ -27,10 +27,11 @@ from posttrain.training.world import Distributed
 
 KINDS = {
     "LoRA": (True, False),
-    "LoRA, frozen weights cut": (True, True),
+    "LoRA, always cut": (True, True),
     "full": (False, False),
+    "full, always cut": (False, True),
 }
-"""Of training: whether under an adapter, and whether the frozen weights are cut too."""
+"""Of training: whether under an adapter, and whether all weights are cut within a step too."""
 
 
 class Counted(Distributed):
@@ -46,7 +47,7 @@ class Counted(Distributed):
         return values
 
 
-def worker(rank: int, folder: str, model: str, lora: bool, frozen_too: bool, answer: Any) -> None:
+def worker(rank: int, folder: str, model: str, lora: bool, always: bool, answer: Any) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.set_num_threads(1)
     sent: Counter[str] = Counter()
@@ -61,7 +62,7 @@ def worker(rank: int, folder: str, model: str, lora: bool, frozen_too: bool, ans
         return scatter(output, *args, **kwargs)
 
     dist.all_gather_single, dist.reduce_scatter_single = all_gather, reduce_scatter
-    policy = shard(policy_of(model, lora), Distributed(), frozen_too)
+    policy = shard(policy_of(model, lora), Distributed(), always)
     work = Workload("sft", "sft", 4, 1e-5, lora, steps=2)
     policy, method, stage, _ = method_of(work, policy, Path(folder))
     steps: list[Counter[str]] = []
@@ -77,12 +78,12 @@ def worker(rank: int, folder: str, model: str, lora: bool, frozen_too: bool, ans
     dist.destroy_process_group()
 
 
-def count(model: str, lora: bool, frozen_too: bool) -> dict[str, int]:
+def count(model: str, lora: bool, always: bool) -> dict[str, int]:
     context = multiprocessing.get_context("spawn")
     answer = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder), Workload("sft", "sft", 4, 1e-5, lora, steps=2))
-        args = (folder, model, lora, frozen_too, answer)
+        args = (folder, model, lora, always, answer)
         workers = [context.Process(target=worker, args=(rank, *args)) for rank in range(2)]
         for process in workers:
             process.start()
@@ -95,12 +96,12 @@ def count(model: str, lora: bool, frozen_too: bool) -> dict[str, int]:
 def main() -> None:
     args = parser(__doc__, "--model", "--out").parse_args()
     rows: list[Row] = []
-    for name, (lora, frozen_too) in KINDS.items():
-        found = count(args.model, lora, frozen_too)
+    for name, (lora, always) in KINDS.items():
+        found = count(args.model, lora, always)
         for kind in ("all-gather", "reduce-scatter", "objects"):
             unit, size = ("kB", 1e3) if kind == "objects" else ("MB", 1e6)
             rows.append(row(f"{name}: {kind} of one step", unit, [found.get(kind, 0) / size]))
-        if not frozen_too:
+        if not always:
             rows.append(row(f"{name}: weights to rollout actors, a version", "MB", [found["push"] / 1e6]))
     report(rows, args.out)
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from sharded import Here
 from tiny import tiny_policy
 from tiny_runs import RENDERER, SEED, STAGES, answered, grpo, method_of, paired, prepared, rows_of, run, stage_of
@@ -49,7 +53,7 @@ def assert_close(ours: list[list[float]], theirs: list[list[float]]) -> None:
 
 def _cut(adapter: Lora | None) -> Any:
     world = Distributed()
-    policy = shard(tiny_policy(adapter=adapter), world, frozen_too=True)
+    policy = shard(tiny_policy(adapter=adapter), world, always=True)
     digest = policy.digest()
     rows = [chosen(row) for row in prepared(answered()).rows[0]]
     reference = frozen_logprobs(policy, rows, 64, world=world)
@@ -87,6 +91,51 @@ def test_the_same_losses(tmp_path):
             assert torch.allclose(weights[n], weight, atol=2e-5), (name, n)
 
 
+@pytest.mark.parametrize("adapter", [LORA, None], ids=["lora", "full"])
+def test_a_step_in_several_passes(tmp_path, adapter):
+    """Its weights and gradient travel once; cut always, they travel in every pass. The losses are those of one."""
+    together(2, _passes, tmp_path, adapter)
+    alone, _ = run("sft", tmp_path / "alone", adapter, **SETTINGS, batch_size=6)
+    losses = [row["loss"] for row in rows_of(tmp_path / "alone" / "metrics.jsonl")]
+    sent = {}
+    for always, budget in PASSES:
+        folder = tmp_path / f"{always}-{budget}"
+        found = [row["loss"] for row in rows_of(folder / "metrics.jsonl")]
+        assert found == pytest.approx(losses, rel=TOLERANCE, abs=TOLERANCE)
+        sent[always, budget] = json.loads((folder / "sent.json").read_text())
+    assert sent[False, 16] == sent[False, 1000]
+    weights = sum(p.nbytes for p in alone.parameters().values())
+    for bytes_of_a_step in sent[False, 16].values():
+        assert weights <= bytes_of_a_step <= weights * 4 / 3  # a rank of 3 is padded for two workers
+    assert all(sent[True, 16][kind] > 2.9 * sent[True, 1000][kind] for kind in ("gathered", "reduced"))
+
+
+PASSES = [(always, budget) for always in (False, True) for budget in (16, 1000)]
+"""Cut always or not, and the tokens of a pass: of 16, each row is a pass of its own."""
+
+
+def _passes(out: Path, adapter: Lora | None) -> None:
+    sent: Counter[str] = Counter()
+    gather, scatter = dist.all_gather_single, dist.reduce_scatter_single
+
+    def gathering(output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        sent["gathered"] += output.nbytes
+        return gather(output, *args, **kwargs)
+
+    def scattering(output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        sent["reduced"] += output.nbytes * 2
+        return scatter(output, *args, **kwargs)
+
+    dist.all_gather_single, dist.reduce_scatter_single = gathering, scattering
+    for always, budget in PASSES:
+        folder = out / f"{always}-{budget}"
+        counts: list[Counter[str]] = []
+        settings = {**SETTINGS, "batch_size": 6, "tokens_per_forward": budget, "check_first_step": False}
+        _run("sft", folder, adapter, always, on_step=lambda row, counts=counts: counts.append(sent.copy()), **settings)
+        if Distributed().rank == 0:
+            (folder / "sent.json").write_text(json.dumps(counts[1] - counts[0]))
+
+
 SETTINGS = {"optim": {"lr": 1e-3}}
 """AdamW divides by the gradient's own size, so that a large step makes rounding large."""
 CASES = [(name, adapter) for name in STAGES if "on-policy" not in name for adapter in (None, LORA)]
@@ -105,12 +154,19 @@ def _runs(out: Path) -> None:
             torch.save((weights, dataclasses.asdict(ledger)), folder / "weights.pt")
 
 
-def _run(name: str, folder: Path, adapter: Any, frozen_too: bool = False, **settings: Any) -> Any:
+def _run(
+    name: str,
+    folder: Path,
+    adapter: Any,
+    always: bool = False,
+    on_step: Callable[[dict[str, Any]], None] = lambda row: None,
+    **settings: Any,
+) -> Any:
     world = Distributed()
     whole = tiny_policy(adapter=adapter)
     if name == "reward_model":
         whole = reward_model(whole, ends(prepared(paired())), SEED)
-    policy, stage = shard(whole, world, frozen_too), stage_of(name, **settings)
+    policy, stage = shard(whole, world, always), stage_of(name, **settings)
     if name == "dpo":
         data = prepared(paired())
         method = DpoMethod(stage, data, SEED, pairs_from_data(policy, stage, data, SEED, world))
@@ -119,4 +175,4 @@ def _run(name: str, folder: Path, adapter: Any, frozen_too: bool = False, **sett
         method.world = world
     else:
         method = method_of(name, policy, stage)
-    return policy, train(policy, method, stage, folder, SEED, world=world)
+    return policy, train(policy, method, stage, folder, SEED, on_step, world=world)

@@ -51,9 +51,9 @@ def run(
     rollout_actors: Annotated[int, typer.Option(min=1, help="On a cluster: samplers beside the workers.")] = 1,
     rollout_cpus: Annotated[float, typer.Option(min=0, help="... and the share of a processor of each.")] = 0.5,
     rollout_gpus: Annotated[float, typer.Option(min=0, help="... and of a GPU, where workers have them.")] = 0.5,
-    shard_frozen: Annotated[
+    shard_always: Annotated[
         bool,
-        typer.Option("--shard-frozen", help="On a cluster: cut the weights under an adapter over the workers too."),
+        typer.Option("--shard-always", help="On a cluster: cut all weights within a step too."),
     ] = False,
     as_json: Json = False,
 ) -> int:
@@ -73,7 +73,7 @@ def run(
     def work() -> Any:
         if cluster is None:
             return run_recipe(recipe, set_ or [], out, train_here)
-        layout = _cluster_room().Layout(workers, worker_cpus, rollout_actors, rollout_cpus, rollout_gpus, shard_frozen)
+        layout = _cluster_room().Layout(workers, worker_cpus, rollout_actors, rollout_cpus, rollout_gpus, shard_always)
         with _cluster_room().cluster(cluster, layout) as trainer:
             return run_recipe(recipe, set_ or [], out, trainer)
 

@@ -41,8 +41,15 @@ class ShardedPolicy(Policy):
     """
 
     root: nn.Module = field(kw_only=True)
+    each_pass: bool = field(kw_only=True)
+    """Whether weights and gradients travel in each pass; otherwise once a step, whatever its number of passes."""
 
-    def run(self, compute: Callable[..., Tensor], *args: Any) -> Tensor:
+    def run(self, compute: Callable[..., Tensor], *args: Any, more: bool = False) -> Tensor:
+        ends = self.each_pass or not more
+        for group in _groups(self.root):
+            group.set_requires_gradient_sync(ends)
+            group.set_reshard_after_backward(ends)
+            group.set_is_last_backward(ends)
         found: Tensor = self.root(compute, *args)
         if not torch.is_grad_enabled():  # no backward pass will follow, after which the root's group is cut again
             for group in _groups(self.root):
@@ -74,26 +81,30 @@ class ShardedPolicy(Policy):
             parameter.copy_(weights[name])
 
 
-def shard(policy: Policy, world: World, frozen_too: bool = False) -> ShardedPolicy:
+def shard(policy: Policy, world: World, always: bool = False) -> ShardedPolicy:
     """`policy` spread over the workers of `world`; it must not be used itself any more.
 
-    Under an adapter the frozen weights stay whole on each worker, and what travels is the adapter: one all-gather and
-    one reduce-scatter a pass. `frozen_too` cuts them as well, for models that do not fit: then every layer is gathered
-    when its turn comes, forward and backward, as it is where all weights are trained.
+    Trained weights are cut between steps and whole within one: a step is one all-gather of them and one reduce-scatter
+    of their gradient, which each worker adds up over its passes. Frozen weights, under an adapter, are whole on every
+    worker. (ZeRO's stage 2, Rajbhandari et al., 1910.02054, but for weights that are cut between steps.)
+
+    With `always`, for models of which no worker can hold all, all weights are cut within a step too (stage 3): every
+    layer is gathered when its turn comes, forward and backward, and its gradient cut at once, in each pass.
     """
     model, root = policy.model, _Root(policy.model)
     weights = list(model.parameters())
     mesh = init_device_mesh(weights[0].device.type, (world.size,))
-    whole = set() if frozen_too else {p for p in weights if not p.requires_grad}
+    whole = set() if always else {p for p in weights if not p.requires_grad}
     if not whole:
         kinds = decoder(model)._no_split_modules or ()
         for layer in [m for m in model.modules() if type(m).__name__ in kinds]:
-            fully_shard(layer, mesh=mesh)
+            fully_shard(layer, mesh=mesh, reshard_after_forward=always)
     fully_shard(root, mesh=mesh, ignored_params=whole, reshard_after_forward=False)
     for group in _groups(root):
         group.set_gradient_divide_factor(1.0)
         group.set_force_sum_reduction_for_comms(True)  # gloo knows no other
-    return ShardedPolicy(model, policy.tokenizer, policy.source, policy.base_digest, policy.revision, root=root)
+    facts = policy.tokenizer, policy.source, policy.base_digest, policy.revision
+    return ShardedPolicy(model, *facts, root=root, each_pass=always)
 
 
 def _groups(root: nn.Module) -> list[FSDPModule]:

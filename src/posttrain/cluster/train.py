@@ -61,8 +61,8 @@ class Layout:
     """Less than one lets actors share a processor."""
     rollout_gpus: float = 0.5
     """Where the cluster has GPUs, and each worker one of its own."""
-    shard_frozen: bool = False
-    """Cut frozen weights over the workers too, for a base that does not fit into each."""
+    shard_always: bool = False
+    """Cut all weights over the workers within a step too, for a model that does not fit into each."""
 
 
 @contextmanager
@@ -226,7 +226,7 @@ def _learn(job: Job, config: dict[str, Any], desk: Any) -> tuple[Ledger, dict[st
     if not all(world.gather(seen)):
         raise UserError(f"{job.folder}: not every node sees this folder; put --out on a file system that all share")
     tune()
-    policy = shard(job.load(), world, config["layout"].shard_frozen)
+    policy = shard(job.load(), world, config["layout"].shard_always)
     say = Say(_teller(desk, "line", world.rank), lambda _, row: _teller(desk, "step", world.rank)(row))
     pool = Pool(config["actors"], policy, world)
     ledger, facts = learn(job, policy, say, pool, world)

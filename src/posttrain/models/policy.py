@@ -87,8 +87,11 @@ class Policy:
         """Number of weights, trainable or not, tied ones once, the adapter's included."""
         return sum(p.numel() for p in self.model.parameters())
 
-    def run(self, compute: Callable[..., Tensor], *args: Any) -> Tensor:
-        """`compute(model, *args)`, one forward pass. Where workers hold parts of the model, all of them make it."""
+    def run(self, compute: Callable[..., Tensor], *args: Any, more: bool = False) -> Tensor:
+        """`compute(model, *args)`, one forward pass. Where workers hold parts of the model, all of them make it.
+
+        `more` says that its gradient is a part only, and that another pass follows before it is used.
+        """
         return compute(self.model, *args)
 
     def weights(self) -> Mapping[str, Tensor]:
