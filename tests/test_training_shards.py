@@ -122,14 +122,15 @@ def test_damage_to_any_workers_file_is_noticed_by_all_of_them(tmp_path, name):
 def killed_while_writing(folder: Path, who: int) -> str:
     """What the other worker learns when `who` dies in the middle of the save of step 20."""
     put(folder, 10)
-    real = checkpoint.save_file
+    real = os.write
 
-    def save_file(tensors: Any, path: Path, metadata: Any) -> None:
-        real(tensors, path, metadata)
+    def write(*args: Any) -> int:
+        written = real(*args)
         if dist.get_rank() == who:
             os.kill(os.getpid(), signal.SIGKILL)
+        return written
 
-    checkpoint.save_file = save_file  # type: ignore[attr-defined]
+    os.write = write
     with pytest.raises(RuntimeError) as caught:
         put(folder, 20)
     return str(caught.value)
@@ -151,11 +152,11 @@ def full_disk(folder: Path, who: int) -> tuple[str, int]:
     """What the user is told on this worker when the disk of `who` is full at step 20, and the steps it took then."""
     put(folder, 10)
 
-    def save_file(tensors: Any, path: Path, metadata: Any) -> None:
-        raise OSError(28, "No space left on device", str(path))
+    def write(*args: Any) -> int:
+        raise OSError(28, "No space left on device")
 
     if dist.get_rank() == who:
-        checkpoint.save_file = save_file  # type: ignore[attr-defined]
+        os.write = write
     steps = 0
     with pytest.raises(UserError) as caught, Writer(folder, Distributed()) as writer:  # noqa: PT012
         writer.save(20, spread(whole(20)), {"step": 20})

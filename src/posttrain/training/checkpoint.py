@@ -8,8 +8,11 @@ of its manifest.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
+import mmap
 import os
 import re
 import shutil
@@ -17,14 +20,14 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -36,14 +39,26 @@ FILE = re.compile(r"tensors-\d{5}\.safetensors|state\.json")
 NAME = re.compile(r"step-(\d{6,})(?:-(\d+))?")
 """The step, and a number where that step was saved again: a saved checkpoint is never written over."""
 
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+"""By their names in safetensors."""
+PAGE = mmap.PAGESIZE
+CHUNK = 2**24
+"""Bytes that are written and hashed at a time."""
+DIRECT = getattr(os, "O_DIRECT", 0)
+"""Past the page cache, where the system has that: filling it with a file that nobody reads soon costs more than all
+else that is done to the file."""
+
 T = TypeVar("T")
 
 
 class Writer:
     """Saves checkpoints in a thread while training goes on; the block ends when the last one is on the disk.
 
-    One is written at a time; another save waits for it. The copies that are written take as much memory as the
-    tensors, once. With several workers each makes the same calls.
+    One is written at a time; another save waits for it. The copy that is written takes as much memory as the tensors,
+    once. With several workers each makes the same calls.
     """
 
     def __init__(self, folder: Path, world: World = ALONE, rows: Sequence[Path] = (), keep: int = 2) -> None:
@@ -52,7 +67,7 @@ class Writer:
         self._world, self._line = world, world.twin()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[Path] | None = None
-        self._buffers: dict[str, Tensor] = {}
+        self._memory = torch.empty(0, dtype=torch.uint8)
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Copy the tensors and begin to write a checkpoint of `step`; LATEST names it once it is whole.
@@ -66,9 +81,9 @@ class Writer:
         self.wait()
         content = json.dumps(state, allow_nan=False).encode()
         pieces = {name: piece for name, t in tensors.items() if (piece := _piece(t.detach(), self._world.rank == 0))}
-        copies = {name: Piece(self._copy(name, p.rows), p.first, p.total) for name, p in pieces.items()}
+        image = self._image(pieces).numpy().data
         self._writing = self._thread.submit(
-            _save, self._folder, step, copies, content, rows=self._rows, keep=self._keep, world=self._line
+            _save, self._folder, step, image, content, rows=self._rows, keep=self._keep, world=self._line
         )
 
     def check(self) -> None:
@@ -87,12 +102,20 @@ class Writer:
         if writing is not None:
             writing.result()
 
-    def _copy(self, name: str, tensor: Tensor) -> Tensor:
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._buffers[name] = buffer
-        return buffer.copy_(tensor)
+    def _image(self, pieces: Mapping[str, Piece]) -> Tensor:
+        """[bytes] uint8: the file of the pieces, in the memory of the one before, from the beginning of a page on."""
+        header, places = _layout(pieces)
+        size = len(header) + sum(piece.rows.nbytes for piece in pieces.values())
+        if len(self._memory) < size:
+            pinned = any(piece.rows.is_cuda for piece in pieces.values())
+            memory = torch.empty(size + PAGE, dtype=torch.uint8, pin_memory=pinned)
+            self._memory = memory[-memory.data_ptr() % PAGE :]
+        image = self._memory[:size]
+        image[: len(header)] = torch.frombuffer(header, dtype=torch.uint8)
+        for name, (start, stop) in places.items():
+            rows = pieces[name].rows
+            image[len(header) + start : len(header) + stop].view(rows.dtype).view(rows.shape).copy_(rows)
+        return image
 
     def __enter__(self) -> Self:
         return self
@@ -217,10 +240,26 @@ def _span(tensor: DTensor) -> tuple[int, int]:
     return start, stop
 
 
+def _layout(pieces: Mapping[str, Piece]) -> tuple[bytearray, dict[str, tuple[int, int]]]:
+    """How a safetensors file of the pieces begins, and from where to where each stands in the rest."""
+    cut = {name: (piece.first, piece.total) for name, piece in pieces.items() if piece.total is not None}
+    places, at = {}, 0
+    for name in sorted(pieces, key=lambda name: -pieces[name].rows.itemsize):  # each at a multiple of its item's size
+        places[name] = at, at + pieces[name].rows.nbytes
+        at = places[name][1]
+    entries = {
+        name: {"dtype": DTYPES[pieces[name].rows.dtype], "shape": pieces[name].rows.shape, "data_offsets": place}
+        for name, place in places.items()
+    }
+    text = json.dumps({"__metadata__": {"cut": json.dumps(cut)}, **entries}).encode()
+    text += b" " * (-len(text) % 8)
+    return bytearray(len(text).to_bytes(8, "little") + text), places
+
+
 def _save(
     folder: Path,
     step: int,
-    pieces: Mapping[str, Piece],
+    image: memoryview,
     state: bytes,
     *,
     rows: Sequence[Path],
@@ -232,8 +271,7 @@ def _save(
     Killed at any moment, `load` gives the one before or this one.
     """
     name = f"tensors-{world.rank:05d}.safetensors"
-    cut = {n: (piece.first, piece.total) for n, piece in pieces.items() if piece.total is not None}
-    needed = sum(piece.rows.nbytes for piece in pieces.values()) + len(state)
+    needed = len(image) + len(state)
     temporary = folder / world.gather(f"tmp-{uuid.uuid4().hex}")[0]
 
     def begin() -> None:
@@ -244,13 +282,10 @@ def _save(
             _fsync(path)
 
     def write() -> dict[str, Any]:
-        save_file({n: piece.rows for n, piece in pieces.items()}, temporary / name, {"cut": json.dumps(cut)})
-        _fsync(temporary / name)
-        return {name: _facts(temporary / name)}
+        return {name: _write(temporary / name, image)}
 
     def commit() -> Path:
-        _write(temporary / STATE, state)
-        manifest = _manifest(step, {**files, STATE: _facts(temporary / STATE)})
+        manifest = _manifest(step, {**files, STATE: _write(temporary / STATE, state)})
         _write(temporary / MANIFEST, manifest)
         _fsync(temporary)
         path = folder / _free_name(folder, step)
@@ -273,7 +308,7 @@ def _save(
         try:
             if world.rank == 0 or not leader_only:
                 given = work()
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             failure = UserError(
                 f"cannot write the checkpoint of step {step} in {folder}: {error}. It needs {needed} bytes"
                 f"{_free(folder)}. Make room or choose another folder, then run the same command: earlier checkpoints "
@@ -369,11 +404,33 @@ def _free_name(folder: Path, step: int) -> str:
     return name
 
 
-def _write(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+def _write(path: Path, content: bytes | memoryview) -> dict[str, Any]:
+    """Write a file and flush it to the disk; returns its facts, of which the digest is taken on the way."""
+    digest = hashlib.sha256()
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        with suppress(OSError):  # a disk that has no such way
+            fcntl.fcntl(file, fcntl.F_SETFL, DIRECT)
+        for at in range(0, len(content), CHUNK):
+            left = memoryview(content)[at : at + CHUNK]
+            digest.update(left)
+            while left:
+                left = left[_put(file, left) :]
+        os.fsync(file)
+    finally:
+        os.close(file)
+    return {"bytes": len(content), "sha256": digest.hexdigest()}
+
+
+def _put(file: int, content: memoryview) -> int:
+    """`os.write`; through the page cache where it is no whole number of blocks, as the end of a file."""
+    try:
+        return os.write(file, content)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        fcntl.fcntl(file, fcntl.F_SETFL, 0)
+        return os.write(file, content)
 
 
 def _fsync(path: Path) -> None:
