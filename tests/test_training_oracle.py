@@ -61,9 +61,8 @@ def test_a_wrong_attention_stops_the_run_before_its_first_step(tmp_path, monkeyp
     assert policy.digest() == before
 
 
-def test_rows_are_taken_up_to_a_bound_in_whole_units(monkeypatch):
+def test_rows_are_taken_up_to_a_bound_in_whole_units():
     policy = tiny_policy()
     stage = stage_of("dpo", steps=1, batch_size=4)
     batch = dpo(policy, stage).batch(0)
-    monkeypatch.setattr(oracle, "TOKENS", 1)
-    assert oracle.compare(policy, sft(stage_of("sft", steps=1)), batch)["rows"] == 2
+    assert oracle.compare(policy, sft(stage_of("sft", steps=1)), batch, tokens=1)["rows"] == 2

@@ -29,6 +29,7 @@ from posttrain.training.batch import Method
 from posttrain.training.dpo import DpoMethod, pairs_from_data, pairs_on_policy, read_pairs, write_pairs
 from posttrain.training.grpo import GrpoMethod
 from posttrain.training.loop import train
+from posttrain.training.oom import FEWER, enough_memory
 from posttrain.training.reward import RewardMethod, ends, hold_out, preferred
 from posttrain.training.sft import SftMethod
 from posttrain.training.world import ALONE, World
@@ -184,10 +185,11 @@ def _method(job: Job, start: Policy, sampler: Sampler, world: World) -> tuple[Me
     kept, cost = folder / "pairs.jsonl", folder / "pairs.json"
     if not world.gather(cost.is_file())[0]:
         facts: dict[str, Any] = {}
-        if stage.on_policy is None:
-            ledger, pairs = Ledger(), pairs_from_data(start, stage, data, seed, world)
-        else:
-            pairs, ledger, facts = pairs_on_policy(start, stage, data, sampler, score, seed, world)
+        with enough_memory("while the pairs were made", FEWER):
+            if stage.on_policy is None:
+                ledger, pairs = Ledger(), pairs_from_data(start, stage, data, seed, world)
+            else:
+                pairs, ledger, facts = pairs_on_policy(start, stage, data, sampler, score, seed, world)
         if world.rank == 0:
             write_pairs(kept, pairs)
             write_json(cost, {"ledger": asdict(ledger), "facts": facts})

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from posttrain.recipe.schema import StageBase
 from posttrain.records import Failure, Ledger, UserError, derive
 from posttrain.training import checkpoint, oracle
 from posttrain.training.batch import Batch, Method, interval, passes
+from posttrain.training.oom import FEWER, enough_memory, halving
 from posttrain.training.optim import AdamW, adamw, clip, learning_rate, load_state, state_tensors
 from posttrain.training.world import ALONE, World, local
 
@@ -52,7 +54,8 @@ def train(
 
     Raises:
         NonFinite: a loss or gradient with `nonfinite: stop`, a weight always; the last checkpoint is from before it.
-        Failure: the packed pass disagrees with the plain one, or one unit of a batch does not fit in memory.
+        OutOfMemory: one unit of a batch does not fit in memory, or what is sampled.
+        Failure: the packed pass disagrees with the plain one.
         UserError: the folder cannot be written.
     """
     leads = world.rank == 0
@@ -71,20 +74,29 @@ def train(
     with checkpoint.Writer(checkpoints, world, rows=(metrics_path, samples_path, folder)) as writer:
         for step in range(start, stage.steps):
             began = time.perf_counter()
-            batch = method.batch(step)
+            with enough_memory(f"while the rows of step {step} were made", FEWER):
+                batch = method.batch(step)
+            sizes = [sum(len(batch.rows[i]) for i in unit) for unit in batch.units]
+            alone = world.size == 1  # workers cut a step alike, so that none may halve on its own
             if not checked and batch.rows:
-                found = oracle.compare(policy, method, batch)
+                compare = partial(oracle.compare, policy, method, batch)
+                advice = "Lower max_length, or set check_first_step: false"
+                first = sizes[0] if alone else None
+                report, _ = halving(compare, oracle.TOKENS, first, "the first step's check", advice, warn)
                 checked = True
                 if leads:
                     with _writing(folder):
-                        write_text(folder / "oracle.json", json.dumps({"step": step, **found}))
+                        write_text(folder / "oracle.json", json.dumps({"step": step, **report}))
             lr = learning_rate(step, stage.steps, stage.optim)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             torch.manual_seed(derive(seed, stage.id, "dropout", step))
             # Dropout here only: what is sampled or referred to is the policy, not a thinned one.
             with policy.adapter_dropout(), recomputing(policy.model, stage.activation_checkpointing):
-                found, cost, budget = _fitting(policy, method, batch, budget, world, warn)
+                gradient = partial(_gradient, policy, method, batch, world)
+                advice = "Lower tokens_per_forward or max_length, or set activation_checkpointing: true"
+                largest = max(sizes, default=0) if alone else None
+                (found, cost), budget = halving(gradient, budget, largest, f"the steps from {step} on", advice, warn)
             norm = clip(parameters.values(), stage.optim.max_grad_norm).item()
             finite = math.isfinite(found["loss"]) and math.isfinite(norm)
             if not finite and stage.nonfinite == "stop":
@@ -128,55 +140,31 @@ def train(
     return ledger
 
 
-def _fitting(
-    policy: Policy, method: Method, batch: Batch, budget: int, world: World, warn: Callable[[str], None]
-) -> tuple[dict[str, float], Ledger, int]:
-    """`_gradient` in passes of at most `budget` tokens, or of the half, the quarter and so on where memory ends.
-
-    The parts of a step add up to the same gradient however it is cut.
-    """
-    while True:
-        try:
-            return *_gradient(policy, method, batch, budget, world), budget
-        except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
-            smallest = max(sum(len(batch.rows[i]) for i in unit) for unit in batch.units)
-            if world.size > 1 or budget < smallest:
-                raise Failure(
-                    f"out of memory in a pass of {budget} tokens ({error}). Lower tokens_per_forward or max_length, or "
-                    "set activation_checkpointing: true"
-                ) from error
-        for parameter in policy.parameters().values():
-            parameter.grad = None
-        budget //= 2
-        warn(f"out of memory: this step again, and the rest, in passes of {budget} tokens; the same but for rounding")
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether that is what was wrong. PyTorch has a type for it on the GPU only."""
-    said = "can't allocate memory", "bad_alloc", "could not create a primitive"  # the last is oneDNN's way to say it
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in said)
-
-
 def _gradient(
-    policy: Policy, method: Method, batch: Batch, budget: int, world: World
+    policy: Policy, method: Method, batch: Batch, world: World, budget: int
 ) -> tuple[dict[str, float], Ledger]:
-    """Leave the step's gradient in the parameters; returns the loss and the method's metrics, and the cost."""
+    """Leave the step's gradient in the parameters; returns the loss and the method's metrics, and the cost.
+
+    Its parts add up to the same however the step is cut into passes of at most `budget` tokens.
+    """
+    for parameter in policy.parameters().values():
+        parameter.grad = None  # of an attempt for which there was too little memory
     found: list[dict[str, float]] = []
     cost = Ledger()
     mine, idle = passes(batch.rows, batch.units, budget, world)
+    left = len(mine) + idle
     for units in mine:
+        left -= 1
         rows = [i for u in units for i in batch.units[u]]
         forest = pack([batch.rows[i] for i in rows])
-        outputs = policy.run(method.forward, forest, hidden_states)
+        outputs = policy.run(method.forward, forest, hidden_states, more=left > 0)
         loss, stats = method.loss(batch, rows, forest, outputs)
         loss.backward()
         found.append({"loss": loss.item(), **stats})
         cost += _cost(policy, forest, sum(len(batch.rows[i]) for i in rows))
-    for _ in range(idle):
+    for left in reversed(range(idle)):
         least = pack([min(batch.rows, key=len)])
-        (policy.run(method.forward, least, hidden_states).sum() * 0).backward()
+        (policy.run(method.forward, least, hidden_states, more=left > 0).sum() * 0).backward()
     everyone = world.gather((found, cost))
     return _together([part for parts, _ in everyone for part in parts]), sum((c for _, c in everyone), Ledger())
 

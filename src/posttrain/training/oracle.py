@@ -15,7 +15,7 @@ from posttrain.training.batch import Batch, Method
 from posttrain.training.optim import norm_of
 
 TOKENS = 512
-"""Rows are taken up to about so many tokens, at least one unit."""
+"""Rows are taken up to so many tokens, at least one unit."""
 VALUE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.3}
 """Largest difference allowed in an output, by the precision of the weights: nats for log-probabilities. Transformers
 takes norms and rotations in float32 whatever that is."""
@@ -23,7 +23,7 @@ GRADIENT = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Largest relative one in the gradient of the outputs' sum, as the 2-norm of all of it."""
 
 
-def compare(policy: Policy, method: Method, batch: Batch) -> dict[str, float]:
+def compare(policy: Policy, method: Method, batch: Batch, tokens: int = TOKENS) -> dict[str, float]:
     """What it compared, how far apart they were, and what that cost in seconds. Leaves no gradient behind.
 
     Raises:
@@ -32,7 +32,7 @@ def compare(policy: Policy, method: Method, batch: Batch) -> dict[str, float]:
     began = time.perf_counter()
     rows = list(batch.units[0])
     for unit in batch.units[1:]:
-        if sum(len(batch.rows[i]) for i in (*rows, *unit)) > TOKENS:
+        if sum(len(batch.rows[i]) for i in (*rows, *unit)) > tokens:
             break
         rows += unit
     forest = pack([batch.rows[i] for i in rows])
@@ -56,6 +56,8 @@ def compare(policy: Policy, method: Method, batch: Batch) -> dict[str, float]:
 def _outputs_and_gradient(
     policy: Policy, method: Method, forest: Forest, states: States
 ) -> tuple[Tensor, list[Tensor]]:
+    for p in policy.parameters().values():
+        p.grad = None
     outputs = policy.run(method.forward, forest, states)
     outputs.sum().backward()
     gradient = []
