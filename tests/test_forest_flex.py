@@ -97,7 +97,8 @@ def test_values_and_gradients_equal_the_trees(trainable, window, softcap, sinks,
 
 
 def test_blocks_that_are_empty_are_skipped():
-    forest = long_forest()
+    """Two roots of 200 tokens: of the second's blocks only those it reaches into are left."""
+    forest = grow([([1] * 200, [False] * 200, -1), ([2] * 200, [False] * 200, -1)], [0, 1])
     mask = Flex(forest).block_mask(None)
     blocks = -(-len(forest) // 128)
     seen = dense(forest)
@@ -105,7 +106,7 @@ def test_blocks_that_are_empty_are_skipped():
     padded[: len(forest), : len(forest)] = seen
     work = padded.view(blocks, 128, blocks, 128).any(3).any(1)
     assert torch.equal(mask.to_dense()[0, 0].bool(), work)
-    assert not work.tril().all() or blocks == 1  # a causal mask alone would leave more to do
+    assert work.sum() < blocks * (blocks + 1) // 2  # a causal mask alone would leave more to do
 
 
 def test_the_mask_is_made_once_a_forest():
