@@ -456,6 +456,8 @@ def test_loss_that_is_not_finite(here: Path, capsys: pytest.CaptureFixture[str])
     [
         (["report", "nowhere"], "nowhere: no run to report on"),
         (["report", "rows.jsonl"], "rows.jsonl: no run to report on"),
+        (["run", "nowhere.yaml", "--workers", "2"], "--workers: needs --cluster"),
+        (["run", "nowhere.yaml", "--shard-always"], "--shard-always: needs --cluster"),
         (["eval", "model", "--task", "reasoning_gym/chain_summ"], "no such task; did you mean chain_sum"),
         (["eval", "model", "--task", "rows.jsonl"], "has no verifier"),
         (["eval", "model", "--task", "reasoning_gym/chain_sum", "--rows", "1"], "too few to say anything"),

@@ -173,3 +173,5 @@ def test_no_cluster_is_a_users_mistake(tmp_path, capsys):
     for address in ("nowhere", "127.0.0.1:1", "localhost:port"):
         assert main(["run", str(tmp_path / "r.yaml"), "--cluster", address]) == 2
         assert "no Ray cluster is there" in capsys.readouterr().err
+    assert main(["run", str(tmp_path / "r.yaml"), "--cluster", "local", "--workers", "4096"]) == 2
+    assert "4096 workers of 1 processors are more than" in capsys.readouterr().err

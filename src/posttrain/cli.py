@@ -39,6 +39,7 @@ app = typer.Typer(
 
 @app.command()
 def run(
+    context: typer.Context,
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, in YAML.")],
     set_: Set = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and what it costs.")] = False,
@@ -60,6 +61,13 @@ def run(
     """Do what a recipe says, and report it. The same command continues a run that was stopped."""
     from posttrain.recipe.load import load, resolved
 
+    if cluster is None:
+        for option in ("workers", "worker_cpus", "rollout_actors", "rollout_cpus", "rollout_gpus", "shard_always"):
+            source = context.get_parameter_source(option)
+            if source is not None and source.name == "COMMANDLINE":
+                raise UserError(
+                    f"--{option.replace('_', '-')}: needs --cluster (local, or an ADDRESS); nothing was run"
+                )
     loaded = resolved(load(recipe, set_ or ()), recipe.parent)  # a mistake in it is told before torch is imported
     if dry_run:
         from posttrain.pipeline.plan import plan

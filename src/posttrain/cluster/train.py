@@ -77,6 +77,12 @@ def cluster(address: str, layout: Layout) -> Iterator[Trainer]:
     # What actors print stays in Ray's own logs (ray/session_latest/logs): what matters comes by the desk.
     settings: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address == LOCAL:
+        processors = os.cpu_count() or 1
+        if layout.workers * layout.worker_cpus > processors:
+            raise UserError(
+                f"--cluster local: {layout.workers} workers of {layout.worker_cpus} processors are more than the "
+                f"{processors} of this machine; ask for fewer"
+            )
         settings |= {"num_cpus": math.ceil(needed)}
     try:
         if address != LOCAL:  # Ray itself tries for minutes
