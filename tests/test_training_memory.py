@@ -29,7 +29,8 @@ from posttrain.records import Example, Failure
 from posttrain.training.loop import train
 
 folder, budget, limit, precision = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-torch.backends.mkldnn.matmul.fp32_precision = precision
+onednn = torch.backends.mkldnn
+onednn.matmul.fp32_precision = precision
 words = "the quick brown fox jumps over the lazy dog and does not mind ".split()
 data = prepared([
     Example(f"e:{i}", (turn("user", f"{i}?"),), (turn("assistant", " ".join(words[(i + j) % 12] for j in range(i))),))
@@ -41,7 +42,8 @@ def trained(folder, budget, **settings):
     stage = stage_of("sft", tokens_per_forward=budget, checkpoint_every=100, check_first_step=False, **settings)
     train(policy, sft(stage, data), stage, folder, 0, warn=said.append)
     row = json.loads((folder / "metrics.jsonl").read_text())
-    return {"digest": weights_digest(policy.weights()), "said": said, "found": [row["loss"], row["grad_norm"]]}
+    found = [row["loss"], row["grad_norm"]]
+    return {"digest": weights_digest(policy.weights()), "said": said, "found": found, "onednn": onednn.enabled}
 
 trained(folder / "warm", 64, steps=1, batch_size=1)
 if limit:
@@ -69,14 +71,14 @@ def ran(folder: Path, budget: int, limit: int = 0, precision: str = "none") -> A
 @REAL
 @pytest.mark.parametrize("precision", ["none", "bf16"])  # PyTorch's own products, and oneDNN's, which `tune` chooses
 def test_a_step_that_does_not_fit_is_taken_in_smaller_passes(tmp_path: Path, precision: str) -> None:
-    tight = ran(tmp_path / "tight", 8192, 200_000_000, precision)
+    tight = ran(tmp_path / "tight", 8192, 280_000_000, precision)
     assert all("out of memory" in text for text in tight["said"])
     passes = re.findall(r"passes of (\d+)", " ".join(tight["said"]))
     assert passes
     wide = ran(tmp_path / "wide", int(passes[-1]), precision=precision)
     assert wide["said"] == []
     assert wide["found"] == pytest.approx(tight["found"], rel=1e-4)
-    if precision == "none":
+    if tight["onednn"]:  # it did not fail on the way
         assert wide["digest"] == tight["digest"]
 
 
