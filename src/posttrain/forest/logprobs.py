@@ -84,7 +84,7 @@ def unrolled_hidden_states(model: torch.nn.Module, forest: Forest) -> Tensor:
         )
         slots.append(at_L)
     states_ND, slots_N = torch.cat(states), torch.cat(slots)
-    uses_T = slots_N.bincount(minlength=len(forest))
+    uses_T = torch.zeros_like(forest.ids_T).index_add(0, slots_N, torch.ones_like(slots_N))
     weighed_ND = states_ND / uses_T[slots_N, None]
     return states_ND.new_zeros(len(forest), states_ND.shape[1]).index_add(0, slots_N, weighed_ND)
 
