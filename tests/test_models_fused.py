@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -11,7 +12,7 @@ from peft.tuners.lora import Linear
 from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from posttrain.models.fused import FusedGatedMlp, FusedLora, FusedNorm, _Gated, _Norm, fuse
+from posttrain.models.fused import FusedGatedMlp, FusedLora, FusedNorm, _Gated, _Norm, folded, fuse
 
 
 class Two(nn.Module):
@@ -168,3 +169,33 @@ def test_another_norm_or_activation_stays_as_it_is():
         assert FusedGatedMlp not in map(type, model.modules())
     assert FusedNorm in map(type, gelu.modules())  # its norm is the same
     assert FusedNorm not in map(type, gemma.modules())  # its norm multiplies by 1 + w
+
+
+def test_folded_is_the_same_function_and_leaves_no_trace():
+    _, ours = adapted(torch.float32)
+    x = torch.randn(7, 6)
+    before = {name: p.detach().clone() for name, p in ours.named_parameters()}
+    places = [p.data_ptr() for p in ours.parameters()]
+    with torch.no_grad():
+        want = ours(x)
+        with contextlib.suppress(KeyError), folded(ours):
+            torch.testing.assert_close(ours(x), want, rtol=1e-5, atol=1e-5)
+            changed = [name for name, p in ours.named_parameters() if not torch.equal(p, before[name])]
+            assert len(changed) == 2  # both base weights
+            raise KeyError
+        assert torch.equal(ours(x), want)
+    assert [p.data_ptr() for p in ours.parameters()] == places
+    assert all(torch.equal(p, before[name]) for name, p in ours.named_parameters())
+
+
+@pytest.mark.parametrize("why", ["precision", "disabled", "dropout"])
+def test_what_cannot_be_folded_stays_as_it_is(why):
+    _, ours = adapted(torch.float64 if why == "precision" else torch.float32, lora_dropout=0.5)
+    ours.eval()
+    if why == "disabled":
+        ours.base_model.disable_adapter_layers()
+    if why == "dropout":
+        ours.train()
+    before = [p.detach().clone() for p in ours.parameters()]
+    with folded(ours):
+        assert all(map(torch.equal, ours.parameters(), before))

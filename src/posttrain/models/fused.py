@@ -5,12 +5,15 @@ Each computes what the layer it replaces does; where more is asked of it than it
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
@@ -23,19 +26,31 @@ class FusedLora(Linear):
     pass. It is fused for one plain active adapter on a frozen `nn.Linear`.
     """
 
+    folded = False
+    """Whether the base layer holds W + s B A for the time being."""
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or self.disable_adapters or self.merged or len(self.active_adapters) != 1:
+        if self.folded:
+            whole: Tensor = self.get_base_layer()(x)
+            return whole
+        name = self.plain()
+        if args or kwargs or name is None or x.dtype != self.get_base_layer().weight.dtype:
             return super().forward(x, *args, **kwargs)
+        base, a, b = self.get_base_layer(), self.lora_A[name].weight, self.lora_B[name].weight
+        out: Tensor = _Product.apply(x, base.weight, base.bias, a, b, self.scaling[name])
+        return out
+
+    def plain(self) -> str | None:
+        """The name of the adapter where it is one plain active one, of the precision of a frozen `nn.Linear`."""
+        if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
+            return None
         (name,) = self.active_adapters
         base = self.get_base_layer()
-        plain = type(base) is nn.Linear and name in self.lora_A and name not in self.lora_variant
-        if not plain or base.weight.requires_grad or _drops(self.lora_dropout[name]):
-            return super().forward(x)
-        a, b = self.lora_A[name].weight, self.lora_B[name]
-        if b.bias is not None or not x.dtype == base.weight.dtype == a.dtype:
-            return super().forward(x)
-        out: Tensor = _Product.apply(x, base.weight, base.bias, a, b.weight, self.scaling[name])
-        return out
+        if type(base) is not nn.Linear or name not in self.lora_A or name in self.lora_variant:
+            return None
+        b = self.lora_B[name]
+        odd = base.weight.requires_grad or _drops(self.lora_dropout[name]) or b.bias is not None
+        return None if odd or b.weight.dtype != base.weight.dtype else name
 
 
 class FusedNorm(LlamaRMSNorm):
@@ -56,6 +71,34 @@ class FusedGatedMlp(LlamaMLP):
         inner = _Gated.apply(gate, up) if torch.is_grad_enabled() else self.act_fn(gate) * up
         out: Tensor = self.down_proj(inner)
         return out
+
+
+@contextmanager
+def folded(model: nn.Module) -> Iterator[None]:
+    """Compute with W + s B A as one matrix, without gradients: decoding multiplies few rows at a time, where an
+    adapter's narrow products weigh. It costs a second copy of the matrices meanwhile; the first comes back untouched,
+    after an exception too.
+    """
+    layers = foldable(model)
+    kept = [weight.data for _, _, weight in layers]
+    try:
+        with torch.no_grad():
+            for layer, name, weight in layers:
+                a_RI, b_OR = layer.lora_A[name].weight, layer.lora_B[name].weight
+                weight.data = torch.addmm(weight, b_OR, a_RI, alpha=layer.scaling[name])
+                layer.folded = True
+            yield
+    finally:
+        for (layer, _, weight), before in zip(layers, kept, strict=True):
+            weight.data, layer.folded = before, False
+
+
+def foldable(model: nn.Module) -> list[tuple[FusedLora, str, nn.Parameter]]:
+    """Layers, their adapters and base weights: those in float32, for in bfloat16 the sum would round the update away,
+    of which this process has the whole adapter."""
+    found = [(layer, layer.plain()) for layer in model.modules() if type(layer) is FusedLora]
+    adapted = [(layer, name, layer.get_base_layer().weight) for layer, name in found if name is not None]
+    return [a for a in adapted if a[2].dtype == torch.float32 and not isinstance(a[0].lora_A[a[1]].weight, DTensor)]
 
 
 def fuse(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from posttrain.data.prepare import Prepared
 from posttrain.forest import Row, hidden_states, pack, split, token_logprobs
 from posttrain.forest.attention import decoder
 from posttrain.machine import own_memory
+from posttrain.models.fused import foldable
 from posttrain.models.memory import Pass, measure_forward, measure_pass
 from posttrain.models.policy import Policy
 from posttrain.recipe.schema import Dpo, Grpo, RewardModel, Sampling, Stage
@@ -199,4 +200,5 @@ def _sampling(stage: Stage, data: Prepared, model: nn.Module) -> Terms:
         measure_forward(model, lambda m: hidden_states(m, prefill)) + token * len(prefill),
         measure_forward(model, decode),
     )
-    return {"keys and values": token * (len(ids) * longest + rows * new), "work": work}
+    copied = sum(weight.nbytes for _, _, weight in foldable(model))
+    return {"keys and values": token * (len(ids) * longest + rows * new), "work": work, "folded": copied}

@@ -21,6 +21,7 @@ from posttrain.forest.attention import NAME, Layout, attending, decoder, unsuppo
 from posttrain.forest.logprobs import head
 from posttrain.forest.tree import Row, pack, split
 from posttrain.models.cost import forward_flops_per_token
+from posttrain.models.fused import folded
 from posttrain.models.policy import Policy
 from posttrain.recipe.schema import Sampling
 from posttrain.records import Example, Ledger, Rollout
@@ -86,7 +87,8 @@ class LocalSampler:
         ]
         why = unsupported(self.policy.model)
         if why is None:
-            work = self._decode(ids, writing, sampling)
+            with folded(self.policy.model):
+                work = self._decode(ids, writing, sampling)
         else:
             warnings.warn(f"sampling recomputes the whole sequence for every token: {why}", stacklevel=2)
             work = self._decode_naively(ids, writing, sampling)
