@@ -87,7 +87,7 @@ def agree(policy: Policy, naive: Policy, rows: list[dict[str, Any]], steps: list
 
 def gradient(policy: Policy, method: Method, batch: Batch, stage: Any) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Loss and metrics of the step, and its gradient."""
-    found, _ = _gradient(policy, method, batch, stage.tokens_per_forward, ALONE)
+    found, _ = _gradient(policy, method, batch, ALONE, stage.tokens_per_forward)
     gradients = {n: p.grad.clone() for n, p in policy.parameters().items() if p.grad is not None}
     policy.model.zero_grad(set_to_none=True)
     return found, gradients
