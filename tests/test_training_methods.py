@@ -376,7 +376,7 @@ def test_a_text_of_one_token_is_no_error():
     data = prepared([Example("t", text="")])
     method = sft(stage_of("sft", batch_size=1), data)
     policy = policy64()
-    found, _ = _gradient(policy, method, method.batch(0), 1024, ALONE)
+    found, _ = _gradient(policy, method, method.batch(0), ALONE, 1024)
     assert found["loss"] == 0
 
 
