@@ -1,7 +1,8 @@
-"""Losses: pure functions, tensors in, one value per token or pair out; `reduce` alone turns them into a scalar.
+"""Losses: pure functions, tensors in, one value per token, sequence or pair out; `reduce` alone turns them into a scalar.
 
-Shapes: T tokens of a packed row, S sequences, P pairs. `target_T` (bool) marks the tokens that carry loss,
-`sequence_T` (long) names the sequence each belongs to. Log-probs are in nats, float32; float64 stays float64.
+Shapes: T tokens of a packed row, S sequences, P pairs, K ranked completions, N target tokens, V vocabulary. `target_T`
+(bool) marks the tokens that carry loss, `sequence_T` (long) names the sequence each belongs to. Log-probs are in nats,
+float32; float64 stays float64.
 """
 
 from __future__ import annotations
@@ -11,11 +12,40 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from posttrain.losses.distil import jsd, kl_divergence
 from posttrain.losses.kl import kl
-from posttrain.losses.policy import clipped_share, importance, policy_gradient, ratio
-from posttrain.losses.preference import bradley_terry, dpo
+from posttrain.losses.listwise import lipo, pro, rrhf
+from posttrain.losses.online import nash_md, xpo
+from posttrain.losses.policy import (
+    cispo,
+    clipped_share,
+    gmpo,
+    gspo_token,
+    importance,
+    policy_gradient,
+    ratio,
+    sapo,
+    vespo,
+)
+from posttrain.losses.preference import (
+    aot,
+    apo_down,
+    apo_zero,
+    bco,
+    discopop,
+    exo,
+    hinge,
+    ipo,
+    logistic,
+    nca,
+    robust,
+    sppo,
+)
 from posttrain.losses.reduce import Counts, reduce, reduce_pairs, reduce_tokens, segment_sum
-from posttrain.losses.sft import nll
+from posttrain.losses.reward import bradley_terry, process_reward, value
+from posttrain.losses.scores import alpha_length, desensitised, divergence, log_odds, wpo_weight
+from posttrain.losses.sft import dft, nll
+from posttrain.losses.unpaired import apo_zero_unpaired, bco_unpaired, kto, kto_kl, running_mean
 
 __all__ = [
     "TABLE",

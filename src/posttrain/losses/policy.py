@@ -13,9 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from posttrain.losses.reduce import Counts, masked, reduce_tokens, sequence_mean
+from posttrain.losses.reduce import Counts, masked, reduce_tokens, segment_sum, sequence_mean
 
-Level = Literal["token", "sequence"]
+Level = Literal["token", "sequence", "product"]
 MAX_LOG_RATIO = 20.0
 
 
@@ -28,16 +28,24 @@ def ratio(logps_T: Tensor, old_logps_T: Tensor, target_T: Tensor, sequence_T: Te
     """`ratio_T`, pi / pi_old at target tokens and 1 elsewhere. The gradient flows through `logps_T` alone.
 
     `token`: each token's own. `sequence`: the geometric mean over the sequence's target tokens, one number that all
-    of them carry (GSPO, Zheng et al., 2507.18071). Passing `logps_T` as `old_logps_T` too means exactly on-policy:
-    the value is 1, its gradient that of log pi.
+    of them carry (GSPO, Zheng et al., 2507.18071). `product`: their product, the ratio of the whole sequence (RLOO).
+    Passing `logps_T` as `old_logps_T` too means exactly on-policy: the value is 1, its gradient that of log pi (of
+    the whole sequence's, or its mean, at each of its tokens).
     """
     log_T = log_ratio(logps_T, old_logps_T, target_T)
-    if level == "sequence":
-        mean_S, index_T = sequence_mean(log_T, target_T, sequence_T)
-        log_T = masked(mean_S[index_T], target_T)
-    elif level != "token":
-        raise ValueError(f"ratio: level is token or sequence, not {level!r}")
+    if level != "token":
+        log_T = _spread(log_T, target_T, sequence_T, level)
     return log_T.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def _spread(log_T: Tensor, target_T: Tensor, sequence_T: Tensor, level: Level) -> Tensor:
+    """Of each sequence the mean or the sum of the log-ratios, at all its target tokens; 0 elsewhere."""
+    if level not in ("sequence", "product"):
+        raise ValueError(f"ratio: level is token, sequence or product, not {level!r}")
+    whole_S, index_T = sequence_mean(log_T, target_T, sequence_T)
+    if level == "product":
+        whole_S = whole_S * segment_sum(target_T.to(log_T.dtype), index_T, len(whole_S))
+    return masked(whole_S[index_T], target_T)
 
 
 def _bounds(
@@ -78,6 +86,103 @@ def policy_gradient(
     advantages_T = masked(advantages_T.detach(), target_T)
     ratio_T = ratio(logps_T, old_logps_T, target_T, sequence_T, level)
     return -advantages_T * ratio_T.clamp(*_bounds(advantages_T, clip_low, clip_high, ratio_cap))
+
+
+def gspo_token(
+    logps_T: Tensor,
+    old_logps_T: Tensor,
+    advantages_T: Tensor,
+    target_T: Tensor,
+    sequence_T: Tensor,
+    *,
+    clip_low: float | None = 0.2,
+    clip_high: float | None = 0.2,
+    ratio_cap: float | None = None,
+) -> Tensor:
+    """`loss_T` of GSPO-token (Zheng et al., 2507.18071): the ratio has GSPO's value, that of the whole sequence, and
+    each token's own gradient, so that tokens of one sequence may have advantages of their own. Where they have one,
+    it is GSPO."""
+    whole_T = ratio(logps_T.detach(), old_logps_T, target_T, sequence_T, "sequence")
+    ratio_T = whole_T * log_ratio(logps_T, logps_T, target_T).exp()
+    advantages_T = masked(advantages_T.detach(), target_T)
+    return -advantages_T * ratio_T.clamp(*_bounds(advantages_T, clip_low, clip_high, ratio_cap))
+
+
+def cispo(
+    logps_T: Tensor, old_logps_T: Tensor, advantages_T: Tensor, target_T: Tensor, *, cap: float = 5.0
+) -> Tensor:
+    """`loss_T` of CISPO (MiniMax-M1, 2506.13585): -sg(min(w, cap)) A log pi. A ratio that is too large is held, and its
+    token still teaches, where PPO's clip takes its gradient away.
+
+    `cap` is the largest weight itself, 5 as in ScaleRL (2510.13786). The paper's 1 + epsilon_high is cap = 1.2 and the
+    like; TRL's `epsilon_high` is the cap too, and its default of 0.2 makes every weight 0.2.
+    """
+    weight_T = log_ratio(logps_T.detach(), old_logps_T, target_T).clamp(max=MAX_LOG_RATIO).exp().clamp(max=cap)
+    return -weight_T * masked(advantages_T.detach(), target_T) * masked(logps_T, target_T)
+
+
+def sapo(
+    logps_T: Tensor,
+    old_logps_T: Tensor,
+    advantages_T: Tensor,
+    target_T: Tensor,
+    *,
+    tau_positive: float = 1.0,
+    tau_negative: float = 1.05,
+) -> Tensor:
+    """`loss_T` of soft adaptive policy optimisation (Gao et al., 2511.20347): -(4 / tau) s(tau (w - 1)) A, a gate that
+    closes smoothly where PPO's clip cuts; its gradient at w = 1 is that of the plain ratio. It closes faster, with the
+    larger tau, where the advantage is not positive."""
+    advantages_T = masked(advantages_T.detach(), target_T)
+    ratio_T = log_ratio(logps_T, old_logps_T, target_T).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    tau_T = torch.where(advantages_T > 0, tau_positive, tau_negative).to(ratio_T.dtype)
+    return -advantages_T * 4 / tau_T * torch.sigmoid(tau_T * (ratio_T - 1))
+
+
+def gmpo(
+    logps_T: Tensor,
+    old_logps_T: Tensor,
+    advantages_T: Tensor,
+    target_T: Tensor,
+    sequence_T: Tensor,
+    *,
+    clip: float = 0.4,
+) -> Tensor:
+    """`loss_T` of geometric-mean policy optimisation (Zhao et al., 2507.20673): -A exp(mean_t log w_t), each log w_t
+    held within +-`clip` on the side on which PPO's clip binds. Every token carries its sequence's loss: reduce it by
+    `sequence`.
+    """
+    advantages_T = masked(advantages_T.detach(), target_T)
+    log_T = log_ratio(logps_T, old_logps_T, target_T)
+    held_T = torch.where(advantages_T > 0, log_T.clamp(max=clip), log_T.clamp(min=-clip))
+    held_T = _spread(held_T, target_T, sequence_T, "sequence").clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return -advantages_T * held_T.exp()
+
+
+def vespo(
+    logps_T: Tensor,
+    old_logps_T: Tensor,
+    advantages_T: Tensor,
+    target_T: Tensor,
+    sequence_T: Tensor,
+    *,
+    positive: tuple[float, float] = (2.0, 3.0),
+    negative: tuple[float, float] = (3.0, 2.0),
+) -> Tensor:
+    """`loss_T` of VESPO (2602.10693): -sg(phi) A log pi with phi = exp(b + k S - b e^S), S the log-ratio of the whole
+    sequence: a weight that is 1 at S = 0 and falls on both sides, smoothly, with no clip.
+
+    `positive` and `negative` are (k, b) by the sign of the advantage (0 counts as positive). S is held in
+    [log 1e-8, 20], each token's part of it in +-20, as in TRL.
+    """
+    advantages_T = masked(advantages_T.detach(), target_T)
+    log_T = log_ratio(logps_T.detach(), old_logps_T, target_T).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    whole_T = _spread(log_T, target_T, sequence_T, "product").clamp(math.log(1e-8), MAX_LOG_RATIO)
+    k_T, b_T = (
+        torch.where(advantages_T >= 0, p, n).to(log_T.dtype) for p, n in zip(positive, negative, strict=True)
+    )
+    phi_T = (b_T + k_T * whole_T - b_T * whole_T.exp()).exp()
+    return -phi_T * advantages_T * masked(logps_T, target_T)
 
 
 @torch.no_grad()
