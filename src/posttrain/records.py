@@ -61,6 +61,8 @@ class Score:
     extracted: str | None = None
     """The answer as the scorer read it out of the completion."""
     why: str = ""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """What each reward gave, by its name and before its weight, where the value is made of several."""
 
 
 @dataclass(frozen=True, slots=True)

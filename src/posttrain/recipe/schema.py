@@ -8,23 +8,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from posttrain.recipe.base import Block, Misfit
+from posttrain.recipe.rewards import Rewarded
+
+from posttrain.recipe.objectives import OBJECTIVES, PARAMETERS, Divergence, Loss
 
 SCHEMA_VERSION = 1
 
 GREEDY_GROUP = "must be above 0: at 0 the completions of a prompt are all the same, and nothing is learned"
-
-
-class Misfit(ValueError):
-    """Keys that are right by themselves and wrong together: (path below this block, what) for each problem."""
-
-    def __init__(self, *problems: tuple[tuple[str | int, ...], str]) -> None:
-        super().__init__("; ".join(what for _, what in problems))
-        self.problems = problems
-
-
-class Block(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
 
 class Lora(Block):
@@ -117,7 +110,10 @@ class StageBase(Block):
     data: Data = Field(description="What the stage learns from.")
     steps: int = Field(ge=1, description="Optimiser steps.")
     batch_size: int = Field(
-        8, ge=1, description="Examples (sft), pairs (dpo, reward_model) or prompts (grpo) in one step."
+        8,
+        ge=1,
+        description="Examples (sft), pairs or what else the loss compares (preference, reward_model), or prompts (grpo) in "
+        "one step.",
     )
     tokens_per_forward: int = Field(
         1024,
@@ -158,7 +154,7 @@ class Sft(StageBase):
     kind: Literal["sft"] = Field(description="The method.")
 
 
-class PairSampling(Sampling):
+class PairSampling(Rewarded, Sampling):
     n: int = Field(8, ge=2, description="Completions per prompt, ranked by the verifier.")
     prompts: int = Field(ge=1, description="How many prompts to sample for before training.")
 
@@ -169,23 +165,81 @@ class PairSampling(Sampling):
         return self
 
 
-class Dpo(StageBase):
-    """Direct preference optimisation (Rafailov et al., 2305.18290) against the stage's own starting point."""
+class Reference(Block):
+    """Another model that the policy is compared with; its tokenizer has the policy's vocabulary."""
 
-    kind: Literal["dpo"] = Field(description="The method.")
+    source: str = Field(description="A directory, a hub id (owner/name), a .gguf file, or pip:PACKAGE/FILE.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
+
+
+class Preference(StageBase):
+    """Learn from answers that were judged beforehand: pairs of a better and a worse one (DPO, Rafailov et al.,
+    2305.18290, and what came after it), ranked lists, or single ones labelled good or bad. docs/preference.md has the
+    losses and what each one reads; a parameter that is left out has the value of the loss's paper."""
+
+    kind: Literal["preference"] = Field(description="The method.")
     optim: Optim = Field(default_factory=lambda: Optim(lr=5e-5), description="Optimiser and its schedule.")
-    beta: float = Field(0.1, gt=0, description="Strength of the pull towards the reference.")
-    label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="Share of labels taken to be flipped (cDPO, Mitchell 2023)."
+    loss: Loss = Field("dpo", description="What is minimised; one value for each pair, list or answer.")
+    reference: Reference | None = Field(None, description="The reference, in place of the stage's starting model.")
+    beta: float | None = Field(
+        None, gt=0, description="What scores are multiplied by: the strength of the pull towards the reference."
     )
-    nll_weight: float = Field(
-        0.0, ge=0, description="Weight of the chosen answer's per-token NLL (RPO, 2404.19733); guards its probability."
+    label_smoothing: float | None = Field(
+        None, ge=0, lt=0.5, description="Share of labels taken to be flipped (cDPO, Mitchell 2023)."
     )
+    gamma: float | None = Field(None, ge=0, description="Margin by which the chosen answer must win, after beta.")
+    tau: float | None = Field(None, gt=0, description="How wide the mixture of discopop's two losses is.")
+    divergence: Divergence | None = Field(
+        None, description="f-divergence from the reference that scores come from (f-DPO, 2309.16240)."
+    )
+    alpha: float | None = Field(None, description="Of `divergence: alpha`, or of alphapo's reward.")
+    length_alpha: float | None = Field(
+        None, ge=0, le=1, description="Weight of tokens beyond the shorter answer's length (LD-DPO, 2409.06411)."
+    )
+    weighting: bool | None = Field(
+        None, description="Weigh a pair by how likely the policy is to write it itself (WPO, 2406.11827)."
+    )
+    nll_weight: float | None = Field(
+        None, ge=0, description="Weight of the best answer's per-token NLL (RPO, 2404.19733); guards its probability."
+    )
+    desirable_weight: float | None = Field(None, ge=0, description="Weight of answers that are labelled good.")
+    undesirable_weight: float | None = Field(None, ge=0, description="Weight of answers that are labelled bad.")
     on_policy: PairSampling | None = Field(
         None,
-        description="Sample pairs from the stage's starting model and rank them with the task's verifier; "
-        "without it the data must hold pairs.",
+        description="Sample pairs or lists from the stage's starting model and rank them with the task's verifier; "
+        "without it the data must hold pairs, or labelled answers.",
     )
+
+    @model_validator(mode="after")
+    def _fits_its_loss(self) -> Preference:
+        objective = OBJECTIVES[self.loss]
+        reads = objective.parameters(self.divergence)
+        problems: list[tuple[tuple[str | int, ...], str]] = [
+            ((name,), f"loss {self.loss} does not read it; it reads {', '.join(reads)}")
+            for name in PARAMETERS
+            if name not in reads and getattr(self, name) is not None
+        ]
+        if self.loss == "exo" and self.label_smoothing == 0:
+            problems.append((("label_smoothing",), "must be above 0: loss exo takes its logarithm"))
+        if self.reference is not None and not objective.reference:
+            problems.append((("reference",), f"loss {self.loss} has no reference"))
+        if self.on_policy is not None and objective.of == "answers":
+            problems.append((("on_policy",), f"loss {self.loss} learns from labelled answers, not from ranked ones"))
+        if self.on_policy is None and objective.of == "lists":
+            problems.append((("on_policy",), f"missing; loss {self.loss} learns from lists, which are sampled"))
+        if self.batch_size < 2 and objective.whole_step:
+            problems.append((("batch_size",), f"must be at least 2: loss {self.loss} compares the answers of a step"))
+        if problems:
+            raise Misfit(*problems)
+        for name, value in reads.items():
+            if getattr(self, name) is None:  # so that a record of the run says what was used
+                object.__setattr__(self, name, value)
+        return self
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What its loss reads."""
+        return {name: getattr(self, name) for name in OBJECTIVES[self.loss].parameters(self.divergence)}
 
 
 class RewardModel(StageBase):
@@ -219,7 +273,7 @@ class Endpoint(Block):
     retries: int = Field(5, ge=0, description="Further attempts where it is busy, restarting or cut off.")
 
 
-class Rl(StageBase):
+class Rl(Rewarded, StageBase):
     """What every stage has that learns from its own samples."""
 
     optim: Optim = Field(
@@ -410,7 +464,7 @@ class Ppo(Rl):
         return self
 
 
-Stage = Annotated[Sft | Dpo | RewardModel | Grpo | Ppo, Field(discriminator="kind")]
+Stage = Annotated[Sft | Preference | RewardModel | Grpo | Ppo, Field(discriminator="kind")]
 
 
 class Suite(Block):

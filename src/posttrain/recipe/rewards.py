@@ -1,0 +1,162 @@
+"""The rewards a recipe may name. What each computes stands in the file of its name in the room `rewards`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from posttrain.recipe.base import Block, Misfit
+
+
+class RewardBase(Block):
+    id: str | None = Field(
+        None, pattern=r"^[a-z0-9][a-z0-9_-]*$", description="Name in metrics and messages; default: its kind."
+    )
+    weight: float = Field(1.0, ge=0, description="What it is multiplied by in the sum; 0 only watches.")
+    gate: float | None = Field(
+        None, description="An answer that this scores below earns at most 0 altogether, whatever the others say."
+    )
+
+    @property
+    def name(self) -> str:
+        return self.id or self.kind  # type: ignore[attr-defined,no-any-return]
+
+
+class VerifierReward(RewardBase):
+    """The check that belongs to a generated task, all or nothing."""
+
+    kind: Literal["verifier"] = Field(description="The reward.")
+
+
+class MathReward(RewardBase):
+    """Whether a mathematical answer equals the reference answer (math-verify)."""
+
+    kind: Literal["math"] = Field(description="The reward.")
+    timeout_s: float = Field(5.0, gt=0, description="Seconds after which an answer counts as one not to be scored.")
+
+
+class ExactReward(RewardBase):
+    """Whether the answer is the reference answer, whatever its spacing."""
+
+    kind: Literal["exact"] = Field(description="The reward.")
+    ignore_case: bool = Field(False, description="Take capitals for small letters.")
+
+
+class RegexReward(RewardBase):
+    """Whether the whole answer matches a pattern (Python's re)."""
+
+    kind: Literal["regex"] = Field(description="The reward.")
+    pattern: str = Field(min_length=1, description="What the whole answer must match.")
+    example: str = Field(min_length=1, description="An answer that matches: the pattern is proven on it.")
+    timeout_s: float = Field(2.0, gt=0, description="Seconds after which an answer counts as one not to be scored.")
+
+
+class JsonSchemaReward(RewardBase):
+    """Whether the answer is JSON that a schema allows."""
+
+    kind: Literal["json_schema"] = Field(description="The reward.")
+    schema_: dict[str, Any] = Field(alias="schema", description="JSON Schema, of the keywords that docs/rewards.md has.")
+    example: Any = Field(description="A value that it allows: the schema is proven on it.")
+
+
+class FormatReward(RewardBase):
+    """Whether an answer consists of one part in each of these tags, in this order, and of nothing else."""
+
+    kind: Literal["format"] = Field(description="The reward.")
+    tags: tuple[str, ...] = Field(("think", "answer"), min_length=1, description="Names of the tags.")
+
+
+class LengthReward(RewardBase):
+    """Soft punishment of overlong answers (DAPO, 2503.14476): 0, falling to -1 over the last `buffer` tokens."""
+
+    kind: Literal["length"] = Field(description="The reward.")
+    max_tokens: int = Field(ge=1, description="Length at which the punishment is whole, -1.")
+    buffer: int = Field(ge=1, description="Tokens below it at which the punishment begins.")
+
+    @model_validator(mode="after")
+    def _begins(self) -> LengthReward:
+        if self.buffer > self.max_tokens:
+            raise Misfit((("buffer",), f"{self.buffer} is above max_tokens, {self.max_tokens}: no answer is unpunished"))
+        return self
+
+
+class InstructionsReward(RewardBase):
+    """Whether an answer keeps to all instructions on its form that a program can check (IFEval, 2311.07911)."""
+
+    kind: Literal["instructions"] = Field(description="The reward.")
+    checks: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="Checks and their settings for every answer, such as `words: {at_least: 50}`; rows may name more.",
+    )
+
+
+class PythonReward(RewardBase):
+    """Whether the Python code in an answer passes the unit tests of its row, run in a sandbox."""
+
+    kind: Literal["python"] = Field(description="The reward.")
+    timeout_s: float = Field(5.0, gt=0, description="Seconds for one answer's tests; slower code is wrong.")
+    memory_mb: int = Field(512, ge=64, description="Memory for one answer's tests, in MiB; code that needs more is wrong.")
+
+
+class EnsembleReward(RewardBase):
+    """Several rewards taken for one, against errors that they do not share (Coste et al., 2310.02743)."""
+
+    kind: Literal["ensemble"] = Field(description="The reward.")
+    of: tuple[str, ...] = Field(min_length=2, description="Names of its members, which count through it alone.")
+    how: Literal["mean", "worst", "penalised"] = Field(
+        "mean", description="Their mean, the lowest, or the mean less `penalty` times their standard deviation."
+    )
+    penalty: float = Field(1.0, ge=0, description="What disagreement costs where `how` is penalised.")
+
+
+Reward = Annotated[
+    VerifierReward
+    | MathReward
+    | ExactReward
+    | RegexReward
+    | JsonSchemaReward
+    | FormatReward
+    | LengthReward
+    | InstructionsReward
+    | PythonReward
+    | EnsembleReward,
+    Field(discriminator="kind"),
+]
+
+
+class Rewarded(Block):
+    """What every block has under which answers are scored."""
+
+    rewards: tuple[Reward, ...] = Field(
+        default_factory=lambda: (VerifierReward(kind="verifier"),),
+        min_length=1,
+        description="What an answer is worth: the weighted sum of these.",
+    )
+    max_unscored: float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        description="Share of a batch's answers that may be impossible to score before the run stops; those are left "
+        "out, never taken for 0.",
+    )
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> Rewarded:
+        problems: list[tuple[tuple[str | int, ...], str]] = []
+        singles = {reward.name: reward for reward in self.rewards if not isinstance(reward, EnsembleReward)}
+        seen: set[str] = set()
+        for i, reward in enumerate(self.rewards):
+            if reward.name in seen:
+                problems.append((("rewards", i, "id"), f"{reward.name!r} is taken; give each reward its own"))
+            seen.add(reward.name)
+            for member in reward.of if isinstance(reward, EnsembleReward) else ():
+                if member not in singles:
+                    there = ", ".join(singles) or "none"
+                    problems.append((("rewards", i, "of"), f"no single reward {member!r} here (there are: {there})"))
+                elif "weight" in singles[member].model_fields_set:
+                    what = f"{member!r} counts through the ensemble alone; leave its weight out"
+                    problems.append((("rewards", i, "of"), what))
+        if problems:
+            raise Misfit(*problems)
+        return self
