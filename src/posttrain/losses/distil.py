@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def jsd(student_NV: Tensor, teacher_NV: Tensor, *, beta: float = 0.5, temperature: float = 1.0) -> Tensor:
-    """`loss_N`, the generalised Jensen-Shannon divergence of GKD (Agarwal et al., 2306.13649), nats.
+    """`loss_N`, the generalised Jensen-Shannon divergence of GKD (Agarwal et al., 2306.13649), of logits, nats.
 
     With p the student's and q the teacher's distribution and M = (1 - beta) p + beta q:
     beta KL(q || M) + (1 - beta) KL(p || M), and in its limits, rescaled, `beta` 0 is KL(q || p), forward (Hinton et
@@ -23,7 +23,9 @@ def jsd(student_NV: Tensor, teacher_NV: Tensor, *, beta: float = 0.5, temperatur
         return kl_divergence(p_NV, q_NV)
     if not 0 < beta < 1:
         raise ValueError(f"jsd: beta must lie in [0, 1], not {beta}")
-    m_NV = torch.logaddexp(p_NV + math.log1p(-beta), q_NV + math.log(beta))
+    # Where both are -inf, a token neither can say, log(e^p + e^q) would have a gradient of NaN.
+    least = torch.finfo(p_NV.dtype).min / 2
+    m_NV = torch.logaddexp(p_NV.clamp(min=least) + math.log1p(-beta), q_NV.clamp(min=least) + math.log(beta))
     return beta * kl_divergence(q_NV, m_NV) + (1 - beta) * kl_divergence(p_NV, m_NV)
 
 

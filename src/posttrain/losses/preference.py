@@ -95,8 +95,11 @@ def apo_down(chosen_P: Tensor, rejected_P: Tensor, *, beta: float = 0.1) -> Tens
 
 
 def discopop(chosen_P: Tensor, rejected_P: Tensor, *, beta: float = 0.1, tau: float = 0.05) -> Tensor:
-    """The log-ratio modulated loss that a language model found (Lu et al., 2406.08414): logistic where u = beta d is
-    small, exponential where it is large, mixed by s(u / tau)."""
+    """The log-ratio modulated loss that a language model found (Lu et al., 2406.08414), with u = beta d:
+    (1 - s(u / tau)) (-log s(u)) + s(u / tau) e^-u, logistic where the pair is ordered wrong, exponential where right.
+    """
+    if not 0 < tau <= 1:
+        raise ValueError(f"discopop: tau must lie in (0, 1], not {tau}: above 1 the exponential is not held back")
     u_P = beta * (chosen_P - rejected_P)
-    gate_P = torch.sigmoid(u_P / tau)
-    return (1 - gate_P) * -F.logsigmoid(u_P) + gate_P * (-u_P).exp()
+    exponential_P = (F.logsigmoid(u_P / tau) - u_P).exp()  # one exponent: s(u / tau) e^-u is 0 * inf for u << 0
+    return torch.sigmoid(-u_P / tau) * -F.logsigmoid(u_P) + exponential_P

@@ -10,13 +10,14 @@ import math
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from posttrain.losses.reduce import masked, segment_sum
+from posttrain.losses.reduce import masked, segment_sum, sequence_sums
 
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
-MAX_EXPONENT = 80.0
-"""e^88.8 is no float32. Beyond it the score is constant, and so has no gradient."""
+MAX_EXPONENT = 40.0
+"""e^40 can still be squared in float32. Beyond it a score is constant, and so has no gradient."""
 
 
 def divergence(ratios_P: Tensor, kind: Divergence, *, alpha: float = 0.5) -> Tensor:
@@ -26,15 +27,13 @@ def divergence(ratios_P: Tensor, kind: Divergence, *, alpha: float = 0.5) -> Ten
     which is r in the limit of a = 1. The shift is TRL's since 1.16; it cancels in differences, not in means over
     tokens of unequal number.
     """
-    if kind == "reverse_kl":
+    if kind == "reverse_kl" or (kind == "alpha" and alpha == 1):
         return ratios_P
     if kind == "forward_kl":
         return -torch.expm1((-ratios_P).clamp(max=MAX_EXPONENT))
     if kind == "js":
-        return math.log(2) + torch.nn.functional.logsigmoid(ratios_P)
+        return math.log(2) + F.logsigmoid(ratios_P)
     if kind == "alpha":
-        if alpha == 1:
-            return ratios_P
         return torch.expm1(((alpha - 1) * ratios_P).clamp(max=MAX_EXPONENT)) / (alpha - 1)
     raise ValueError(f"divergence: kind is reverse_kl, forward_kl, js or alpha, not {kind!r}")
 
@@ -42,7 +41,8 @@ def divergence(ratios_P: Tensor, kind: Divergence, *, alpha: float = 0.5) -> Ten
 def log_odds(means_P: Tensor) -> Tensor:
     """log(p / (1 - p)) of the geometric mean p of a sequence's token probabilities (ORPO, Hong et al., 2403.07691).
 
-    `means_P` are means of log-probabilities, below 0. log(1 - e^x) by expm1 near 0 and by log1p far from it.
+    `means_P` are means of log-probabilities; one of 0, where p rounds to 1, counts as the largest below 0.
+    log(1 - e^x) by expm1 near 0 and by log1p far from it.
     """
     means_P = means_P.clamp(max=-torch.finfo(means_P.dtype).tiny)
     near_P = means_P > -math.log(2)
@@ -62,29 +62,23 @@ def alpha_length(means_P: Tensor, *, alpha: float) -> Tensor:
 def desensitised(logps_T: Tensor, target_T: Tensor, sequence_T: Tensor, *, alpha: float) -> Tensor:
     """`sums_S` of log-probabilities of pairs (sequence 2p is chosen, 2p + 1 rejected) in which every token beyond the
     length of the shorter side counts `alpha` only (LD-DPO, Liu et al., 2409.06411; 1 is DPO). Used for policy and
-    reference alike.
+    reference alike. Each sequence's tokens stand together, in their order.
     """
-    index_T = sequence_T.masked_fill(~target_T, 0)
-    S = int(index_T.max()) + 1
-    S += S % 2
-    tokens_S = segment_sum(target_T.long(), index_T, S)
-    shorter_S = tokens_S.view(-1, 2).amin(1).repeat_interleave(2)
+    _, tokens_S, index_T = sequence_sums(logps_T, target_T, sequence_T)
+    tokens_S = F.pad(tokens_S, (0, len(tokens_S) % 2)).long()
     order_T = torch.cumsum(target_T.long(), 0) - 1  # target tokens before this one, over all sequences
-    first_S = torch.full((S,), len(target_T), device=target_T.device).scatter_reduce(
-        0, index_T[target_T], order_T[target_T], "amin"
-    )
-    within_T = order_T - first_S[index_T] < shorter_S[index_T]
-    weight_T = torch.where(within_T, 1.0, alpha).to(logps_T.dtype)
-    return segment_sum(masked(logps_T, target_T) * weight_T, index_T, S)
+    first_S = torch.full_like(tokens_S, len(target_T)).scatter_reduce(0, index_T[target_T], order_T[target_T], "amin")
+    shorter_S = tokens_S.view(len(tokens_S) // 2, 2).amin(1).repeat_interleave(2)
+    beyond_T = order_T - first_S[index_T] >= shorter_S[index_T]
+    logps_T = masked(logps_T, target_T)
+    return segment_sum(torch.where(beyond_T, alpha * logps_T, logps_T), index_T, len(tokens_S))
 
 
 def wpo_weight(logps_T: Tensor, collision_T: Tensor, target_T: Tensor, sequence_T: Tensor, S: int) -> Tensor:
     """`weight_S`, constant: how likely the policy is to write such a sequence itself (WPO, Zhou et al., 2406.11827),
     e to the mean of log p(token) - log sum_v p(v)^2. A pair's loss is multiplied by those of both sides.
 
-    `collision_T` is log sum_v p(v)^2 at each target token.
+    `collision_T` is log sum_v p(v)^2 at each target token. A sequence without one has weight 1.
     """
-    index_T = sequence_T.masked_fill(~target_T, 0)
-    apart_T = masked((logps_T - collision_T).detach(), target_T)
-    tokens_S = segment_sum(target_T.to(apart_T.dtype), index_T, S)
-    return (segment_sum(apart_T, index_T, S) / tokens_S.clamp(min=1)).exp()
+    sums_S, tokens_S, _ = sequence_sums((logps_T - collision_T).detach(), target_T, sequence_T)
+    return F.pad(sums_S / tokens_S.clamp(min=1), (0, S - len(sums_S))).exp()

@@ -7,6 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def _sign(desirable_S: Tensor) -> Tensor:
+    return torch.where(desirable_S, 1, -1)
+
+
 def kto(
     ratios_S: Tensor,
     desirable_S: Tensor,
@@ -21,9 +25,8 @@ def kto(
     lambda_D (1 - s(beta (r - z))) where `desirable_S`, lambda_U (1 - s(beta (z - r))) where not. z is `kl`, constant:
     `kto_kl` of the whole step's rows.
     """
-    sign_S = torch.where(desirable_S, 1.0, -1.0).to(ratios_S.dtype)
-    weight_S = torch.where(desirable_S, desirable_weight, undesirable_weight).to(ratios_S.dtype)
-    return weight_S * torch.sigmoid(-beta * sign_S * (ratios_S - kl))
+    weight_S = torch.full_like(ratios_S, undesirable_weight).masked_fill(desirable_S, desirable_weight)
+    return weight_S * torch.sigmoid(-_sign(desirable_S) * (beta * (ratios_S - kl)))
 
 
 def kto_kl(mismatched_S: Tensor) -> Tensor:
@@ -34,8 +37,8 @@ def kto_kl(mismatched_S: Tensor) -> Tensor:
 
 def apo_zero_unpaired(ratios_S: Tensor, desirable_S: Tensor, *, beta: float = 0.1) -> Tensor:
     """Anchored preference optimisation without pairs (D'Oosterlinck et al., 2408.06266): 1 - s(beta r) where
-    desirable, s(beta r) where not."""
-    return torch.sigmoid(torch.where(desirable_S, -beta, beta) * ratios_S)
+    desirable, s(beta r) where not. It is KTO with z = 0."""
+    return torch.sigmoid(-_sign(desirable_S) * (beta * ratios_S))
 
 
 def bco_unpaired(ratios_S: Tensor, desirable_S: Tensor, shift: float, *, beta: float = 0.1) -> Tensor:
@@ -43,7 +46,7 @@ def bco_unpaired(ratios_S: Tensor, desirable_S: Tensor, shift: float, *, beta: f
 
     `shift` is the running mean of beta r over all rows so far, those of this step with them (`running_mean`).
     """
-    return -F.logsigmoid(torch.where(desirable_S, 1.0, -1.0).to(ratios_S.dtype) * (beta * ratios_S - shift))
+    return -F.logsigmoid(_sign(desirable_S) * (beta * ratios_S - shift))
 
 
 def running_mean(mean: float, count: int, values_S: Tensor) -> tuple[float, int]:
