@@ -40,8 +40,8 @@ class Example:
     """Unpaired feedback on `completion`: good or bad."""
     margin: float | None = None
     """By how much `completion` is better than `rejected`, where that was judged; in units of a reward."""
-    step_labels: tuple[bool | None, ...] = ()
-    """Process labels, one for each assistant turn of `completion`."""
+    step_labels: tuple[float | None, ...] = ()
+    """Of a solution in steps, one for each turn of `completion`: good or bad, or the chance that it is good."""
     text: str | None = None
     """Raw text for continued pre-training; the conversation is then empty."""
     tools: tuple[Mapping[str, Any], ...] = ()
@@ -50,6 +50,8 @@ class Example:
     answer: str | None = None
     """A reference answer, where one is known."""
     meta: Mapping[str, Any] = field(default_factory=dict)
+    begun: tuple[int, ...] = ()
+    """Tokens of an answer that a sampler is to go on from."""
 
 
 @dataclass(frozen=True, slots=True)

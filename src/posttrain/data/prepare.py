@@ -8,7 +8,7 @@ import math
 import random
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from posttrain.data.sources import LISTED, Loaded, read
 from posttrain.recipe.schema import Data
 from posttrain.records import Example, UserError
 
-Need = Literal["completion", "pair", "prompt"]
+Need = Literal["completion", "pair", "prompt"] | Callable[[Example, Renderer], tuple[Rendered, ...]]
 
 
 class Prepared(NamedTuple):
@@ -35,7 +35,8 @@ def prepare(
 ) -> Prepared:
     """Read and render every source of `data`.
 
-    need: what a row must offer: an answer to learn, a better and a worse one, or a prompt with a verifier.
+    need: what a row must offer: an answer to learn, a better and a worse one, or a prompt with a verifier; or a function
+        that renders a row, and raises Malformed where it has not what is needed.
     held_out: `prompt_key`s of evaluation items; rows with one of them are dropped and counted.
     context: the model's context length in tokens; never exceeded, whatever `data.max_length` says.
     Raises UserError for too many bad rows, for a too long row under `too_long: error`, and for nothing left.
@@ -161,6 +162,8 @@ def _source(
 
 def _rendered(example: Example, renderer: Renderer, need: Need) -> tuple[Rendered, ...]:
     """`example` rendered for `need`; Malformed where it cannot serve it."""
+    if callable(need):
+        return need(example, renderer)
     if need == "prompt":
         if example.task is None:
             raise Malformed("no verifier can score an answer to it (only generated tasks have one)")

@@ -261,6 +261,16 @@ def _label(value: Any) -> bool:
     return known[key]
 
 
+def _chance(value: Any, what: str) -> float:
+    """A label, or the chance that it is true."""
+    if isinstance(value, float) and 0 <= value <= 1:
+        return value
+    try:
+        return _label(value)
+    except Malformed:
+        raise Malformed(f"{what} must be true, false, null or a number from 0 to 1, it is {value!r}") from None
+
+
 # Shapes
 
 
@@ -281,7 +291,7 @@ def _step_labels(row: Row) -> dict[str, Any]:
         "completion": tuple(
             {"role": "assistant", "content": _text(s, f"completions[{i}]")} for i, s in enumerate(steps)
         ),
-        "step_labels": tuple(None if label is None else _label(label) for label in labels),
+        "step_labels": tuple(None if label is None else _chance(label, f"labels[{i}]") for i, label in enumerate(labels)),
     }
 
 

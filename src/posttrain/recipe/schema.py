@@ -242,16 +242,21 @@ class Preference(StageBase):
         return {name: getattr(self, name) for name in OBJECTIVES[self.loss].parameters(self.divergence)}
 
 
-class RewardModel(StageBase):
+class ScoringStage(StageBase):
+    """What every stage has whose model scores answers and writes none."""
+
+    optim: Optim = Field(default_factory=lambda: Optim(lr=1e-4), description="Optimiser and its schedule.")
+    holdout: float = Field(
+        0.1, ge=0, lt=1, description="Share of the rows kept out of training; accuracy is measured on them."
+    )
+
+
+class RewardModel(ScoringStage):
     """Bradley-Terry reward model (Ouyang et al., 2203.02155): one number for an answer, read at its last token."""
 
     kind: Literal["reward_model"] = Field(description="The method.")
-    optim: Optim = Field(default_factory=lambda: Optim(lr=1e-4), description="Optimiser and its schedule.")
     centring: float = Field(
         0.0, ge=0, description="Weight of (chosen + rejected reward)^2; keeps rewards around 0 (2312.09244: 0.01)."
-    )
-    holdout: float = Field(
-        0.1, ge=0, lt=1, description="Share of the pairs kept out of training; accuracy is measured on them."
     )
 
     @model_validator(mode="after")
@@ -261,6 +266,14 @@ class RewardModel(StageBase):
                 (("data", "too_long"), "a reward is read where an answer ends: none may be cut; take drop or error")
             )
         return self
+
+
+class ProcessRewardModel(ScoringStage):
+    """Process reward model (Lightman et al., 2305.20050): the chance that a solution is right so far, read at the last
+    token of each step."""
+
+    kind: Literal["process_reward_model"] = Field(description="The method.")
+    separator: str = Field("\n", min_length=1, description="What stands between two steps of an answer.")
 
 
 class Endpoint(Block):
@@ -464,7 +477,7 @@ class Ppo(Rl):
         return self
 
 
-Stage = Annotated[Sft | Preference | RewardModel | Grpo | Ppo, Field(discriminator="kind")]
+Stage = Annotated[Sft | Preference | RewardModel | ProcessRewardModel | Grpo | Ppo, Field(discriminator="kind")]
 
 
 class Suite(Block):
@@ -539,7 +552,7 @@ class Recipe(Block):
                 what = f"{start!r} is a reward model, which writes no text; start from another one (there are: {there})"
                 problems.append((("stages", i, "from"), what))
             stages.append(stage.id)
-            if stage.kind != "reward_model":
+            if not isinstance(stage, ScoringStage):
                 writers.append(stage.id)
         suites: list[str] = []
         for i, suite in enumerate(self.evals.suites):
@@ -548,7 +561,7 @@ class Recipe(Block):
                 problems.append((where, f"{suite.id!r} is taken; give each suite its own (not 'retention')"))
             suites.append(suite.id)
         known = [*suites, *(["retention"] if self.evals.retention else [])]
-        if self.gates and self.stages[-1].kind == "reward_model":
+        if self.gates and isinstance(self.stages[-1], ScoringStage):
             what = "gates speak of the last stage's model, and a reward model answers no suite; put that stage earlier"
             problems.append((("gates",), what))
         for i, gate in enumerate(self.gates):
