@@ -112,8 +112,8 @@ class StageBase(Block):
     batch_size: int = Field(
         8,
         ge=1,
-        description="Examples (sft), pairs or what else the loss compares (preference, reward_model), or prompts (grpo) in "
-        "one step.",
+        description="Examples (sft), pairs or what else the loss compares (preference, reward_model), or prompts (grpo)"
+        " in one step.",
     )
     tokens_per_forward: int = Field(
         1024,
