@@ -4,9 +4,9 @@ from posttrain.credit.advantages import group_advantages
 from posttrain.credit.batch import Counted, Credited, as_row, groups
 from posttrain.credit.gae import gae
 from posttrain.credit.grpo import advantages, grpo
-from posttrain.credit.minillm import minillm
 from posttrain.credit.pairs import best_and_worst, pairs
-from posttrain.credit.rloo import leave_one_out, whiten
+from posttrain.credit.reinforce import reinforce, whiten
+from posttrain.credit.rloo import leave_one_out, rloo
 
 __all__ = [
     "Counted",
@@ -19,7 +19,8 @@ __all__ = [
     "groups",
     "grpo",
     "leave_one_out",
-    "minillm",
     "pairs",
+    "reinforce",
+    "rloo",
     "whiten",
 ]

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 
 def gae(
-    rewards: Sequence[float], values: Sequence[float], *, gamma: float = 1.0, lam: float = 0.95, after: float = 0.0
+    rewards: Sequence[float], values: Sequence[float], *, gamma: float = 1.0, lam: float = 0.95
 ) -> tuple[list[float], list[float]]:
     """Advantages and returns of one episode's tokens (Schulman et al., 1506.02438).
 
-    delta_t = r_t + gamma V_t+1 - V_t; A_t = delta_t + gamma lam A_t+1; return_t = A_t + V_t. V after the last token is
-    `after`: 0 where the episode ended, the critic's value where it was cut off.
+    delta_t = r_t + gamma V_t+1 - V_t; A_t = delta_t + gamma lam A_t+1; return_t = A_t + V_t. Nothing comes after the
+    last token: V is 0 there, also where a completion was cut off, for its score is of what stands there.
     """
-    advantages, later, value = [0.0] * len(rewards), 0.0, after
+    advantages, later, value = [0.0] * len(rewards), 0.0, 0.0
     for t in reversed(range(len(rewards))):
         later = rewards[t] + gamma * value - values[t] + gamma * lam * later
         advantages[t], value = later, values[t]
