@@ -48,9 +48,14 @@ def watch_stage(stage: str, kind: str, metrics: Sequence[Row]) -> list[Row]:
 
 
 def watch_held_out(stage: str, measured: Mapping[str, Any]) -> Row:
-    """What a reward model's held-out pairs show."""
-    text = "Share of held-out pairs whose better answer has the higher reward; an interval that holds 0.5 is a coin's"
-    return _row("held-out pairs", stage, measured["accuracy"], 0.5, measured["interval"][0] > 0.5, text)
+    """What the rows show that a scoring model was not trained on."""
+    what = {
+        "pairs": "Share of held-out pairs whose better answer has the higher reward",
+        "steps": "Share of held-out steps that are told good from bad",
+    }[measured["of"]]
+    text = f"{what}; an interval that holds the limit is no better than knowing nothing"
+    chance, accuracy, low = measured["chance"], measured["accuracy"], measured["interval"][0]
+    return _row(f"held-out {measured['of']}", stage, accuracy, chance, low > chance, text)
 
 
 def watch_evals(evals: Mapping[str, Any]) -> list[Row]:

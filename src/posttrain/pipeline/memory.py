@@ -14,7 +14,7 @@ from posttrain.forest.attention import decoder
 from posttrain.machine import own_memory
 from posttrain.models.memory import Pass, measure_forward, measure_pass
 from posttrain.models.policy import Policy
-from posttrain.recipe.schema import Dpo, Grpo, RewardModel, Sampling, Stage
+from posttrain.recipe.schema import Dpo, Grpo, RewardModel, Sampling, ScoringStage, Stage
 from posttrain.records import UserError
 from posttrain.sampling import local
 from posttrain.sampling.choose import cut
@@ -138,7 +138,7 @@ def _largest_pass(stage: Stage, data: Prepared, model: nn.Module, seed: int) -> 
 
 def _forward(stage: Stage, rows: Sequence[Row]) -> Callable[[nn.Module], torch.Tensor]:
     """The forest is made anew each time, for it keeps its masks."""
-    if isinstance(stage, RewardModel):  # its head is one number wide
+    if isinstance(stage, ScoringStage):  # its head is one number wide
         return lambda model: hidden_states(model, pack(rows))
     temperature = stage.sampling.temperature if isinstance(stage, Grpo) else 1.0
     return lambda model: token_logprobs(model, pack(rows), temperature)

@@ -13,7 +13,7 @@ from posttrain.models.cost import forward_flops_per_token, training_flops_per_to
 from posttrain.models.policy import Policy, outline
 from posttrain.pipeline.memory import Terms, Unpredicted, fit, told
 from posttrain.pipeline.stages import stage_data
-from posttrain.recipe.schema import Dpo, Grpo, Recipe, RewardModel, Stage
+from posttrain.recipe.schema import Dpo, Grpo, Recipe, RewardModel, ScoringStage, Stage
 from posttrain.training.reward import hold_out
 
 MARKS = ("⟦", "⟧")
@@ -98,7 +98,7 @@ def plan(recipe: Recipe) -> Plan:
 
 def _stage(stage: Stage, data: Prepared, policy: Policy, seed: int) -> StagePlan:
     config = policy.model.config
-    if isinstance(stage, RewardModel):
+    if isinstance(stage, ScoringStage):
         data, _ = hold_out(stage, data)
     rows = [r for part in data.rows for r in part]
     prompt = sum(len(r.prompt_ids) for r in rows) / len(rows)
@@ -116,7 +116,7 @@ def _stage(stage: Stage, data: Prepared, policy: Policy, seed: int) -> StagePlan
     each = prompt + answers  # a prompt and all that hangs on it
     context = prompt + answers / branches
     trained = trees * each
-    targets = branches if isinstance(stage, RewardModel) else answers
+    targets = branches if isinstance(stage, ScoringStage) else answers
     flops = trained * training_flops_per_token(config, policy.adapter is not None, int(context), targets / each)
     flops += generated * forward_flops_per_token(config, int(context))
     memory: Terms | str

@@ -27,7 +27,7 @@ from posttrain.pipeline.progress import Progress
 from posttrain.pipeline.stages import Job, Say, Trainer, run_stage, stage_data, train_here
 from posttrain.recipe.load import load as load_recipe
 from posttrain.recipe.load import resolved
-from posttrain.recipe.schema import Recipe, RewardModel, StageBase
+from posttrain.recipe.schema import Recipe, ScoringStage, StageBase
 from posttrain.records import derive
 from posttrain.report.render import render
 from posttrain.rewards.verifier import score
@@ -123,7 +123,7 @@ def _do(recipe: Recipe, folder: Path, say: Say, trainer: Trainer) -> None:
 
 def _writes(stage: StageBase) -> bool:
     """Whether its model writes text; a reward model is measured by its stage, on pairs."""
-    return not isinstance(stage, RewardModel)
+    return not isinstance(stage, ScoringStage)
 
 
 class _Measure:

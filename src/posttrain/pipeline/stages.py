@@ -9,17 +9,20 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
+
+from torch import nn
 
 from posttrain.data.chat import Rendered, Renderer
-from posttrain.data.prepare import Prepared, prepare
+from posttrain.data.prepare import Need, Prepared, prepare
+from posttrain.data.steps import solution
 from posttrain.evals.stats import wilson
 from posttrain.machine import peak_memory
 from posttrain.models.policy import Policy
 from posttrain.models.reward import fitting, reward_model
 from posttrain.pipeline.folder import digest, read_json, write_json
 from posttrain.pipeline.memory import fit
-from posttrain.recipe.schema import Dpo, Grpo, RewardModel, Sft, Stage, StageBase
+from posttrain.recipe.schema import Dpo, Grpo, ProcessRewardModel, RewardModel, ScoringStage, Sft, Stage, StageBase
 from posttrain.records import Example, Ledger, UserError, derive
 from posttrain.rewards.verifier import prove, score
 from posttrain.sampling.endpoint import EndpointSampler
@@ -30,6 +33,7 @@ from posttrain.training.dpo import DpoMethod, pairs_from_data, pairs_on_policy, 
 from posttrain.training.grpo import GrpoMethod
 from posttrain.training.loop import train
 from posttrain.training.oom import FEWER, enough_memory
+from posttrain.training.process_reward import ProcessRewardMethod, verdicts
 from posttrain.training.reward import RewardMethod, ends, hold_out, preferred
 from posttrain.training.sft import SftMethod
 from posttrain.training.world import ALONE, World
@@ -89,7 +93,7 @@ def stage_data(stage: StageBase, policy: Policy, held_out: frozenset[str]) -> Pr
     data = prepare(stage.data, renderer, need=need(stage), held_out=held_out, context=policy.context)
     if need(stage) == "prompt":
         _prove(stage, data)
-    if isinstance(stage, RewardModel):
+    if isinstance(stage, ScoringStage):
         hold_out(stage, data)
         fitting(policy, ends(data))
     return data
@@ -123,7 +127,7 @@ def run_stage(job: Job, say: Say, trainer: Trainer = train_here) -> None:
         say.line(f"{stage.id}: {note}")
 
     held: list[Rendered] = []
-    if isinstance(stage, RewardModel):
+    if isinstance(stage, ScoringStage):
         head = ends(data), derive(seed, stage.id, "head")
         start = reward_model(start, *head)
         data, held = hold_out(stage, data)
@@ -137,7 +141,7 @@ def run_stage(job: Job, say: Say, trainer: Trainer = train_here) -> None:
         facts |= {"first_step": check}
     artifact = start.save(folder / "artifact")
     if held:
-        facts |= {"held_out": _held_out(start, held, stage)}
+        facts |= {"held_out": _held_out(start.model, held, stage)}
     finished = time.time()
     record |= {
         "artifact": {"kind": artifact.kind, "path": "artifact", "digest": artifact.digest},
@@ -152,18 +156,31 @@ def run_stage(job: Job, say: Say, trainer: Trainer = train_here) -> None:
     _drop_checkpoints(folder)
 
 
-def need(stage: StageBase) -> Literal["completion", "pair", "prompt"]:
+def need(stage: StageBase) -> Need:
     if isinstance(stage, Sft):
         return "completion"
     if isinstance(stage, Dpo):
         return "pair" if stage.on_policy is None else "prompt"
+    if isinstance(stage, ProcessRewardModel):
+        return partial(solution, separator=stage.separator)
     return "pair" if isinstance(stage, RewardModel) else "prompt"
 
 
-def _held_out(policy: Policy, held: list[Rendered], stage: StageBase) -> dict[str, Any]:
-    """How often a reward model prefers the better answer of pairs it was not trained on."""
-    right = preferred(policy.model, held, stage.tokens_per_forward)
-    return {"n": len(held), "accuracy": sum(right) / len(held), "interval": list(wilson(sum(right), len(held)))}
+def _held_out(model: nn.Module, held: list[Rendered], stage: ScoringStage) -> dict[str, Any]:
+    """How often a scoring model is right on rows it was not trained on; `chance` is what knowing nothing earns."""
+    if isinstance(stage, RewardModel):
+        right = preferred(model, held, stage.tokens_per_forward)
+        return {**_share(sum(right), len(held)), "of": "pairs", "chance": 0.5}
+    found = verdicts(model, held, stage.tokens_per_forward)
+    accuracy = sum(verdict.right for verdict in found) / len(found)
+    good = sum(verdict.good for verdict in found) / len(found)
+    # Steps of one solution share their fate: the interval is what as many solutions, judged whole, would give.
+    interval = _share(round(accuracy * len(held)), len(held))["interval"]
+    return {"n": len(found), "accuracy": accuracy, "interval": interval, "of": "steps", "chance": max(good, 1 - good)}
+
+
+def _share(k: int, n: int) -> dict[str, Any]:
+    return {"n": n, "accuracy": k / n, "interval": list(wilson(k, n))}
 
 
 def _headed(load: Callable[[], Policy], ends: set[int], seed: int) -> Policy:
@@ -177,6 +194,8 @@ def _method(job: Job, start: Policy, sampler: Sampler, world: World) -> tuple[Me
         return SftMethod(stage, data, seed), Ledger(), {}
     if isinstance(stage, RewardModel):
         return RewardMethod(stage, data, seed), Ledger(), {"pairs": sum(map(len, data.rows))}
+    if isinstance(stage, ProcessRewardModel):
+        return ProcessRewardMethod(stage, data, seed), Ledger(), {"solutions": sum(map(len, data.rows))}
     if isinstance(stage, Grpo):
         if stage.endpoint is not None:
             renderer = Renderer(start.tokenizer, system=stage.data.system)

@@ -28,6 +28,7 @@ KINDS = {
     "sft": "supervised fine-tuning",
     "dpo": "direct preference optimisation",
     "reward_model": "reward model",
+    "process_reward_model": "process reward model",
     "grpo": "reinforcement learning from a verifier",
 }
 
@@ -39,6 +40,8 @@ SERIES = {
     "accuracy": "share of pairs in which chosen is preferred",
     "chosen_reward": "mean reward of the chosen answers",
     "rejected_reward": "mean reward of the rejected answers",
+    "good": "share of steps that are labelled good",
+    "said_good": "mean chance of being good that the model gives a step",
     "chosen_logp": "log-probability of the chosen answer, nats",
     "rejected_logp": "log-probability of the rejected answer, nats",
     "length": "mean completion length, tokens",
