@@ -140,8 +140,6 @@ def train(
                 own, carried = _carried(method)
                 tensors |= {f"method/{name}": t for name, t in own.items()}
                 state = {"ledger": asdict(ledger), "tokens_per_forward": budget, "method": carried}
-                writer.save(done, tensors, state)|= {f"method/{name}": t for name, t in own.items()}
-                state = {"ledger": asdict(ledger), "tokens_per_forward": budget, "method": state}
                 writer.save(done, tensors, state)
     return ledger
 
