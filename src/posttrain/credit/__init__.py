@@ -4,7 +4,7 @@ from posttrain.credit.advantages import group_advantages
 from posttrain.credit.batch import Counted, Credited, as_row, groups
 from posttrain.credit.gae import gae
 from posttrain.credit.grpo import advantages, grpo
-from posttrain.credit.pairs import best_and_worst, pairs
+from posttrain.credit.pairs import best_and_worst, pairs, rankings
 from posttrain.credit.reinforce import reinforce, whiten
 from posttrain.credit.rloo import leave_one_out, rloo
 
@@ -20,6 +20,7 @@ __all__ = [
     "grpo",
     "leave_one_out",
     "pairs",
+    "rankings",
     "reinforce",
     "rloo",
     "whiten",

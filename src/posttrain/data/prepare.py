@@ -19,7 +19,7 @@ from posttrain.data.sources import LISTED, Loaded, read
 from posttrain.recipe.schema import Data
 from posttrain.records import Example, UserError
 
-Need = Literal["completion", "pair", "prompt"] | Callable[[Example, Renderer], tuple[Rendered, ...]]
+Need = Literal["completion", "label", "pair", "prompt"] | Callable[[Example, Renderer], tuple[Rendered, ...]]
 
 
 class Prepared(NamedTuple):
@@ -35,8 +35,8 @@ def prepare(
 ) -> Prepared:
     """Read and render every source of `data`.
 
-    need: what a row must offer: an answer to learn, a better and a worse one, or a prompt with a verifier; or a function
-        that renders a row, and raises Malformed where it has not what is needed.
+    need: what a row must offer: an answer to learn, one with a label, a better and a worse one, or a prompt with a
+        verifier; or a function that renders a row, and raises Malformed where it has not what is needed.
     held_out: `prompt_key`s of evaluation items; rows with one of them are dropped and counted.
     context: the model's context length in tokens; never exceeded, whatever `data.max_length` says.
     Raises UserError for too many bad rows, for a too long row under `too_long: error`, and for nothing left.
@@ -172,7 +172,9 @@ def _rendered(example: Example, renderer: Renderer, need: Need) -> tuple[Rendere
         if not (example.completion and example.rejected):
             raise Malformed("it holds no pair of a better and a worse answer")
     else:
-        if example.label is False:
+        if need == "label" and example.label is None:
+            raise Malformed("it bears no label that says whether the answer is good or bad")
+        if need == "completion" and example.label is False:
             raise Malformed("it is labelled bad: not an answer to imitate")
         example = dataclasses.replace(example, rejected=())
     rows = renderer.render(example)

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from posttrain.data.prepare import Prepared
-from posttrain.forest import Row, hidden_states, pack, split, token_logprobs
+from posttrain.forest import Row, hidden_states, pack, split, token_logprobs, token_statistics
 from posttrain.forest.attention import decoder
 from posttrain.machine import own_memory
 from posttrain.models.memory import Pass, measure_forward, measure_pass
 from posttrain.models.policy import Policy
-from posttrain.recipe.schema import Dpo, Grpo, RewardModel, Sampling, ScoringStage, Stage
+from posttrain.recipe.schema import Grpo, Preference, Sampling, ScoringStage, Stage
 from posttrain.records import UserError
 from posttrain.sampling import local
 from posttrain.sampling.choose import cut
@@ -140,6 +140,8 @@ def _forward(stage: Stage, rows: Sequence[Row]) -> Callable[[nn.Module], torch.T
     """The forest is made anew each time, for it keeps its masks."""
     if isinstance(stage, ScoringStage):  # its head is one number wide
         return lambda model: hidden_states(model, pack(rows))
+    if isinstance(stage, Preference) and stage.weighting:
+        return lambda model: token_statistics(model, pack(rows), "collision")
     temperature = stage.sampling.temperature if isinstance(stage, Grpo) else 1.0
     return lambda model: token_logprobs(model, pack(rows), temperature)
 
@@ -155,11 +157,9 @@ def _batches(stage: Stage, data: Prepared, seed: int) -> list[list[tuple[Row, ..
             item = data.rows[source][i]
             if isinstance(stage, Grpo):
                 units += [(_sampled(item.prompt_ids, stage.sampling, k),) for k in range(stage.n)]
-            elif isinstance(stage, Dpo) and stage.on_policy:
-                units.append(
-                    (_sampled(item.prompt_ids, stage.on_policy, 0), _sampled(item.prompt_ids, stage.on_policy, 1))
-                )
-            elif isinstance(stage, Dpo | RewardModel):
+            elif isinstance(stage, Preference) and stage.on_policy:
+                units.append(tuple(_sampled(item.prompt_ids, stage.on_policy, k) for k in range(stage.width)))
+            elif item.rejected_ids:
                 units.append((chosen(item), rejected(item)))
             else:
                 units.append((chosen(item),))
@@ -176,7 +176,7 @@ def _sampling(stage: Stage, data: Prepared, model: nn.Module) -> Terms:
     """Of the local engine, in one call for all prompts of a step (of the stage, where pairs are sampled first)."""
     if isinstance(stage, Grpo):
         prompts, n, sampling = stage.batch_size, stage.n, stage.sampling
-    elif isinstance(stage, Dpo) and stage.on_policy:
+    elif isinstance(stage, Preference) and stage.on_policy:
         prompts, n, sampling = stage.on_policy.prompts, stage.on_policy.n, stage.on_policy
     else:
         return {}

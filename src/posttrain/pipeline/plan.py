@@ -13,7 +13,7 @@ from posttrain.models.cost import forward_flops_per_token, training_flops_per_to
 from posttrain.models.policy import Policy, outline
 from posttrain.pipeline.memory import Terms, Unpredicted, fit, told
 from posttrain.pipeline.stages import stage_data
-from posttrain.recipe.schema import Dpo, Grpo, Recipe, RewardModel, ScoringStage, Stage
+from posttrain.recipe.schema import Grpo, Preference, Recipe, ScoringStage, Stage
 from posttrain.training.reward import hold_out
 
 MARKS = ("⟦", "⟧")
@@ -103,11 +103,10 @@ def _stage(stage: Stage, data: Prepared, policy: Policy, seed: int) -> StagePlan
     rows = [r for part in data.rows for r in part]
     prompt = sum(len(r.prompt_ids) for r in rows) / len(rows)
     answers = sum(len(r.completion_ids) + len(r.rejected_ids) for r in rows) / len(rows)
-    generated, trees, branches = 0, stage.steps * stage.batch_size, 1
-    if isinstance(stage, Dpo | RewardModel):
-        branches = 2
-    if isinstance(stage, Dpo) and stage.on_policy:
-        answers = 2 * stage.on_policy.max_new_tokens
+    generated, trees, branches = 0, stage.steps * stage.batch_size, 2 if rows[0].rejected_ids else 1
+    if isinstance(stage, Preference) and stage.on_policy:
+        branches = stage.width
+        answers = branches * stage.on_policy.max_new_tokens
         generated = stage.on_policy.prompts * stage.on_policy.n * stage.on_policy.max_new_tokens
     elif isinstance(stage, Grpo):
         branches = stage.n

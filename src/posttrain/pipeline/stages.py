@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,17 +22,34 @@ from posttrain.models.policy import Policy
 from posttrain.models.reward import fitting, reward_model
 from posttrain.pipeline.folder import digest, read_json, write_json
 from posttrain.pipeline.memory import fit
-from posttrain.recipe.schema import Dpo, Grpo, ProcessRewardModel, RewardModel, ScoringStage, Sft, Stage, StageBase
-from posttrain.records import Example, Ledger, UserError, derive
+from posttrain.recipe.objectives import OBJECTIVES
+from posttrain.recipe.schema import (
+    Grpo,
+    Preference,
+    ProcessRewardModel,
+    RewardModel,
+    ScoringStage,
+    Sft,
+    Stage,
+    StageBase,
+)
+from posttrain.records import Example, Ledger, Rollout, Score, UserError, derive
 from posttrain.rewards.verifier import prove, score
 from posttrain.sampling.endpoint import EndpointSampler
 from posttrain.sampling.local import LocalSampler
 from posttrain.sampling.protocol import Sampler
 from posttrain.training.batch import Method
-from posttrain.training.dpo import DpoMethod, pairs_from_data, pairs_on_policy, read_pairs, write_pairs
 from posttrain.training.grpo import GrpoMethod
 from posttrain.training.loop import train
 from posttrain.training.oom import FEWER, enough_memory
+from posttrain.training.preference import (
+    PreferenceMethod,
+    judged_from_data,
+    judged_on_policy,
+    read_judged,
+    referred,
+    write_judged,
+)
 from posttrain.training.process_reward import ProcessRewardMethod, verdicts
 from posttrain.training.reward import RewardMethod, ends, hold_out, preferred
 from posttrain.training.sft import SftMethod
@@ -159,8 +176,10 @@ def run_stage(job: Job, say: Say, trainer: Trainer = train_here) -> None:
 def need(stage: StageBase) -> Need:
     if isinstance(stage, Sft):
         return "completion"
-    if isinstance(stage, Dpo):
-        return "pair" if stage.on_policy is None else "prompt"
+    if isinstance(stage, Preference):
+        if stage.on_policy is not None:
+            return "prompt"
+        return "label" if OBJECTIVES[stage.loss].of == "answers" else "pair"
     if isinstance(stage, ProcessRewardModel):
         return partial(solution, separator=stage.separator)
     return "pair" if isinstance(stage, RewardModel) else "prompt"
@@ -201,21 +220,26 @@ def _method(job: Job, start: Policy, sampler: Sampler, world: World) -> tuple[Me
             renderer = Renderer(start.tokenizer, system=stage.data.system)
             sampler = EndpointSampler(start, renderer, stage.endpoint, folder / "served")
         return GrpoMethod(stage, data, start, sampler, score, seed, world), Ledger(), {}
-    kept, cost = folder / "pairs.jsonl", folder / "pairs.json"
+    kept, cost = folder / "judged.jsonl", folder / "judged.json"
     if not world.gather(cost.is_file())[0]:
         facts: dict[str, Any] = {}
         with enough_memory("while the pairs were made", FEWER):
             if stage.on_policy is None:
-                ledger, pairs = Ledger(), pairs_from_data(start, stage, data, seed, world)
+                ledger, judged = Ledger(), judged_from_data(start, stage, data, seed)
             else:
-                pairs, ledger, facts = pairs_on_policy(start, stage, data, sampler, score, seed, world)
+                judged, ledger, facts = judged_on_policy(stage, data, sampler, _scorer, seed)
+            judged, by = referred(start, stage, judged, world)
         if world.rank == 0:
-            write_pairs(kept, pairs)
-            write_json(cost, {"ledger": asdict(ledger), "facts": facts})
+            write_judged(kept, judged)
+            write_json(cost, {"ledger": asdict(ledger), "facts": facts | by})
         world.gather(None)  # nobody reads before it is written
-    pairs = read_pairs(kept, len(data.rows))
+    judged = read_judged(kept, len(data.rows))
     made = json.loads(cost.read_text())
-    return DpoMethod(stage, data, seed, pairs), Ledger(**made["ledger"]), made["facts"]
+    return PreferenceMethod(stage, data, seed, judged, start, world), Ledger(**made["ledger"]), made["facts"]
+
+
+def _scorer(rollouts: Sequence[Rollout]) -> list[Score]:
+    return [score(rollout.example, rollout.text) for rollout in rollouts]
 
 
 def _prove(stage: StageBase, data: Prepared) -> None:

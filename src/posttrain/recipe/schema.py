@@ -188,7 +188,7 @@ class Preference(StageBase):
         None, ge=0, lt=0.5, description="Share of labels taken to be flipped (cDPO, Mitchell 2023)."
     )
     gamma: float | None = Field(None, ge=0, description="Margin by which the chosen answer must win, after beta.")
-    tau: float | None = Field(None, gt=0, description="How wide the mixture of discopop's two losses is.")
+    tau: float | None = Field(None, gt=0, le=1, description="How wide the mixture of discopop's two losses is.")
     divergence: Divergence | None = Field(
         None, description="f-divergence from the reference that scores come from (f-DPO, 2309.16240)."
     )
@@ -235,6 +235,12 @@ class Preference(StageBase):
             if getattr(self, name) is None:  # so that a record of the run says what was used
                 object.__setattr__(self, name, value)
         return self
+
+    @property
+    def width(self) -> int:
+        """Answers that one value of the loss is about."""
+        of = OBJECTIVES[self.loss].of
+        return self.on_policy.n if of == "lists" and self.on_policy else 2 if of == "pairs" else 1
 
     @property
     def parameters(self) -> dict[str, Any]:
