@@ -99,6 +99,57 @@ class PythonReward(RewardBase):
     memory_mb: int = Field(512, ge=64, description="Memory for one answer's tests, in MiB; code that needs more is wrong.")
 
 
+SOURCE = "A directory, a hub id (owner/name), a .gguf file, or pip:PACKAGE/FILE."
+
+
+class ModelReward(RewardBase):
+    """The number that a reward model gives an answer, in its own units."""
+
+    kind: Literal["model"] = Field(description="The reward.")
+    source: str = Field(description="What a reward_model stage saved (its artifact), or a sequence classifier.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
+
+
+class ProcessReward(RewardBase):
+    """The chance that an answer's steps are good, by a process reward model, made one number."""
+
+    kind: Literal["process"] = Field(description="The reward.")
+    source: str = Field(description="What a process_reward_model stage saved: its artifact.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
+    aggregate: Literal["min", "product", "last", "mean"] = Field("min", description="What is made of the steps' chances.")
+    separator: str = Field("\n", min_length=1, description="What stands between two steps, as in the model's training.")
+
+
+class JudgeReward(RewardBase):
+    """The grade that a language model gives an answer, from 0 to 1, or its share of wins over the others of its group."""
+
+    kind: Literal["judge"] = Field(description="The reward.")
+    source: str = Field(description=f"The model that judges. {SOURCE}")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
+    rubric: str | None = Field(None, description="What a good answer is, or principles it keeps to; null: a general one.")
+    compare: bool = Field(
+        False, description="Set each answer against every other to its prompt, in both orders, in place of grading it."
+    )
+    low: int = Field(1, ge=0, description="The worst grade.")
+    high: int = Field(10, ge=1, description="The best grade.")
+    max_new_tokens: int = Field(256, ge=1, description="Longest word of the judge, in tokens.")
+
+    @model_validator(mode="after")
+    def _grades_differ(self) -> JudgeReward:
+        if self.low >= self.high:
+            raise Misfit((("high",), f"{self.high} is not above low, {self.low}"))
+        return self
+
+
+class ImplicitReward(RewardBase):
+    """beta log(model / reference) of an answer: the reward that a model trained by DPO implies (2305.18290)."""
+
+    kind: Literal["implicit"] = Field(description="The reward.")
+    source: str = Field(description=f"The model that was trained. {SOURCE}")
+    reference: str = Field(description="What it was trained from, in the same forms.")
+    beta: float = Field(0.1, gt=0, description="What the log-ratio is multiplied by.")
+
+
 class EnsembleReward(RewardBase):
     """Several rewards taken for one, against errors that they do not share (Coste et al., 2310.02743)."""
 
@@ -120,6 +171,10 @@ Reward = Annotated[
     | LengthReward
     | InstructionsReward
     | PythonReward
+    | ModelReward
+    | ProcessReward
+    | JudgeReward
+    | ImplicitReward
     | EnsembleReward,
     Field(discriminator="kind"),
 ]
