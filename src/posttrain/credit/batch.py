@@ -57,8 +57,10 @@ def compared(
 
     None where it has no score. Groups may differ in size.
     """
+    if not rollouts:
+        return []
     members = groups(rollouts)
-    rewards_PG = torch.full((len(members), max(map(len, members), default=0)), math.nan, dtype=torch.float64)
+    rewards_PG = torch.full((len(members), max(map(len, members))), math.nan, dtype=torch.float64)
     for p, group in enumerate(members):
         values = [scores[i].value for i in group]
         rewards_PG[p, : len(group)] = torch.tensor([math.nan if v is None else v for v in values], dtype=torch.float64)
