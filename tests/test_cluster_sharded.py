@@ -14,15 +14,27 @@ import torch
 import torch.distributed as dist
 from sharded import Here
 from tiny import tiny_policy
-from tiny_runs import RENDERER, SEED, STAGES, answered, grpo, method_of, paired, prepared, rows_of, run, stage_of
+from tiny_runs import (
+    RENDERER,
+    SEED,
+    STAGES,
+    answered,
+    grpo,
+    method_of,
+    paired,
+    preference,
+    prepared,
+    rows_of,
+    run,
+    stage_of,
+)
 from torch.distributed.tensor import DTensor
 from workers import together
 
 from posttrain.cluster.sharded import shard
 from posttrain.models.reward import reward_model
-from posttrain.recipe.schema import Lora
+from posttrain.recipe.schema import Lora, Preference
 from posttrain.training.batch import chosen, frozen_logprobs
-from posttrain.training.dpo import DpoMethod, pairs_from_data
 from posttrain.training.loop import train
 from posttrain.training.reward import ends
 from posttrain.training.world import Distributed
@@ -73,8 +85,8 @@ def test_the_same_losses(tmp_path):
         for a, b in zip(rows, others, strict=True):
             assert a.keys() == b.keys()
             assert b["loss"] == pytest.approx(a["loss"], rel=TOLERANCE, abs=TOLERANCE), (name, adapter, a["step"])
-            # At DPO's reference all margins are 0, and rounding decides their signs.
-            sign = {"accuracy"} if name == "dpo" and a["step"] == 0 else set()
+            # At the reference all margins are 0, and rounding decides their signs.
+            sign = {"accuracy"} if isinstance(stage_of(name), Preference) and a["step"] == 0 else set()
             for key in (
                 a.keys() - {"tokens"} - sign
             ):  # what is near zero, or the least of many, shows more of the rounding
@@ -167,9 +179,8 @@ def _run(
     if name == "reward_model":
         whole = reward_model(whole, ends(prepared(paired())), SEED)
     policy, stage = shard(whole, world, always), stage_of(name, **settings)
-    if name == "dpo":
-        data = prepared(paired())
-        method = DpoMethod(stage, data, SEED, pairs_from_data(policy, stage, data, SEED, world))
+    if isinstance(stage, Preference):
+        method = preference(policy, stage, world=world)
     elif name.startswith("grpo"):
         method = grpo(policy, stage, sampler=Here(policy, tiny_policy(adapter=adapter), RENDERER))
         method.world = world

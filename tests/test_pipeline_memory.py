@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny
 from tiny import tiny_model, tiny_policy, tiny_tokenizer
-from tiny_runs import SEED, answered, asked, paired, prepared, stage_of
+from tiny_runs import SEED, answered, asked, labelled, paired, prepared, stage_of
 
 from posttrain.data.prepare import Prepared
 from posttrain.pipeline.memory import Terms, fit, stage_memory, told
@@ -17,7 +17,7 @@ from posttrain.pipeline.plan import plan
 from posttrain.recipe.schema import Lora, Recipe
 from posttrain.records import UserError
 
-DATA = {"sft": answered, "dpo": paired, "dpo on-policy": asked, "grpo": asked}
+DATA = {"sft": answered, "dpo": paired, "dpo on-policy": asked, "bco_unpaired": labelled, "grpo": asked}
 
 
 def data_of(name: str) -> Prepared:
@@ -29,7 +29,7 @@ def terms_of(name: str, adapter: Lora | None = None, **settings: Any) -> Terms:
 
 
 @pytest.mark.parametrize("adapter", [None, Lora(r=4)])
-@pytest.mark.parametrize("name", ["sft", "dpo", "dpo on-policy", "grpo"])
+@pytest.mark.parametrize("name", DATA)
 def test_every_kind_of_stage_is_counted(name: str, adapter: Lora | None) -> None:
     policy = tiny_policy(adapter=adapter)
     terms = stage_memory(stage_of(name), data_of(name), policy, SEED)

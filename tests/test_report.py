@@ -31,6 +31,7 @@ SUITES = {  # id: (role, accuracy at base, sft, dpo, grpo)
     "word-sorting": ("neighbour", (0.31, 0.26, 0.235, 0.22)),
 }
 KINDS = ("sft", "dpo", "grpo")
+KIND = {"sft": "sft", "dpo": "preference", "grpo": "grpo"}
 N = 200
 
 
@@ -71,7 +72,7 @@ def _metrics(kind: str, steps: int, rng: random.Random) -> list[dict[str, float]
 def make_run(folder: Path, seed: int = 0) -> Path:
     """A finished run of three stages."""
     rng = random.Random(seed)
-    stages = [{"id": kind, "kind": kind, "from": None, "steps": 60} for kind in KINDS]
+    stages = [{"id": kind, "kind": KIND[kind], "from": None, "steps": 60} for kind in KINDS]
     _dump(
         folder / "resolved.json",
         {
@@ -105,7 +106,7 @@ def make_run(folder: Path, seed: int = 0) -> Path:
             base / "stage.json",
             {
                 "id": kind,
-                "kind": kind,
+                "kind": KIND[kind],
                 "from": KINDS[i - 1] if i else "base",
                 "inputs": {"model": f"sha256:{i:064x}"},
                 "artifact": {

@@ -17,7 +17,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import tiny_policy
-from tiny_runs import ANSWERS, RENDERER, SEED, asked, dpo, grpo, lengths, paired, prepared, rows_of, sft, stage_of, turn
+from tiny_runs import (
+    ANSWERS,
+    RENDERER,
+    SEED,
+    asked,
+    grpo,
+    lengths,
+    paired,
+    preference,
+    prepared,
+    rows_of,
+    scorer,
+    sft,
+    stage_of,
+    turn,
+)
 from torch import Tensor
 
 from posttrain.data.prepare import Prepared
@@ -27,8 +42,15 @@ from posttrain.recipe.schema import Lora, Sampling
 from posttrain.records import Example, Rollout, Score, UserError
 from posttrain.sampling.local import LocalSampler
 from posttrain.training.batch import Batch, Method
-from posttrain.training.dpo import DpoMethod, pairs_from_data, pairs_on_policy, read_pairs, write_pairs
 from posttrain.training.loop import _gradient, train
+from posttrain.training.preference import (
+    PreferenceMethod,
+    judged_from_data,
+    judged_on_policy,
+    read_judged,
+    referred,
+    write_judged,
+)
 from posttrain.training.world import ALONE
 
 TIGHT = {"rtol": 1e-9, "atol": 1e-12}
@@ -134,7 +156,7 @@ def test_sft_is_cross_entropy_over_a_padded_batch(tmp_path, adapter):
 def test_dpo_is_its_formula(tmp_path, adapter, settings):
     stage = stage_of("dpo", steps=2, batch_size=3, optim=OPTIM, **settings)
     policy, naive, reference = policy64(adapter), policy64(adapter), policy64(adapter)
-    method = dpo(policy, stage)
+    method = preference(policy, stage)
     train(policy, method, stage, tmp_path, 0)
 
     optimizer, steps = Naive(naive), []
@@ -278,7 +300,7 @@ def built(name: str, policy: Policy, settings: dict[str, Any], order: Sequence[i
     if name == "sft":
         method: Any = sft(stage)
     elif name == "dpo":
-        method = dpo(policy, stage)
+        method = preference(policy, stage)
     else:
         method = grpo(policy, stage, some_unscored, one_by_one(policy))
     method.order[:6] = [method.order[i] for i in order]
@@ -388,7 +410,7 @@ def test_a_text_of_one_token_is_no_error():
 def test_dpo_begins_at_log_two_and_raises_the_margin(tmp_path, adapter, name, size):
     policy = tiny_policy(adapter=adapter)
     stage = stage_of(name, steps=16, batch_size=size, optim={"lr": 3e-3 if adapter is None else 2e-2})
-    train(policy, dpo(policy, stage, tmp_path), stage, tmp_path, 0)
+    train(policy, preference(policy, stage, tmp_path), stage, tmp_path, 0)
     rows = rows_of(tmp_path / "metrics.jsonl")
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert rows[0]["margin"] == pytest.approx(0, abs=1e-5)
@@ -400,7 +422,7 @@ def test_dpo_begins_at_log_two_and_raises_the_margin(tmp_path, adapter, name, si
 def test_dpo_metrics_are_those_of_the_pairs(tmp_path):
     policy = policy64()
     stage = stage_of("dpo", batch_size=6)
-    method = dpo(policy, stage)
+    method = preference(policy, stage)
     before = {row: plain_logps(policy, row.context, row.completion).sum().item() for row in method.batch(0).rows}
     moved(policy, 0.05)
     found, _ = gradient(policy, method, method.batch(0), stage)
@@ -419,7 +441,7 @@ def test_nll_keeps_the_chosen_answers_likely(tmp_path):
     for weight in (0.0, 3.0):
         policy = tiny_policy()
         stage = stage_of("dpo", steps=12, batch_size=6, nll_weight=weight, optim={"lr": 1e-2})
-        train(policy, dpo(policy, stage), stage, tmp_path / str(weight), 0)
+        train(policy, preference(policy, stage), stage, tmp_path / str(weight), 0)
         ends.append(rows_of(tmp_path / str(weight) / "metrics.jsonl"))
     assert ends[1][-1]["chosen_logp"] > ends[0][-1]["chosen_logp"]
     assert ends[1][-1]["chosen_logp"] > ends[1][0]["chosen_logp"]
@@ -429,21 +451,23 @@ def on_policy(score: Any, data: Prepared, policy: Policy | None = None) -> Any:
     policy = policy or tiny_policy()
     sampler = Recorded(policy)
     stage = stage_of("dpo", on_policy={"n": 4, "prompts": 12, "max_new_tokens": 6})
-    return sampler, pairs_on_policy(policy, stage, data, sampler, score, 0)
+    judged, ledger, facts = judged_on_policy(stage, data, sampler, scorer(score), 0)
+    return sampler, (referred(policy, stage, judged)[0], ledger, facts)
 
 
 def test_on_policy_pairs_are_what_was_sampled_token_for_token(tmp_path):
     policy = tiny_policy()
     sampler, (pairs, ledger, facts) = on_policy(some_unscored, prepared(asked()), policy)
     scored = {(r.prompt_ids, r.ids): some_unscored(r.example, r.text).value for r in sampler.rollouts}
-    sides = [side for pair in pairs[0] for side in (pair.chosen, pair.rejected)]
+    sides = [side for pair in pairs[0] for side in pair.rows]
     assert {(side.context, side.completion) for side in sides} <= scored.keys()
     assert all(all(side.target) for side in sides)
     for pair in pairs[0]:
-        chosen, rejected = (scored[side.context, side.completion] for side in (pair.chosen, pair.rejected))
+        chosen, rejected = (scored[side.context, side.completion] for side in pair.rows)
         assert chosen > rejected
-        assert pair.chosen.context == pair.rejected.context
-        sums = [plain_logps(policy, s.context, s.completion).sum().item() for s in (pair.chosen, pair.rejected)]
+        assert pair.rewards == (chosen, rejected)
+        assert len({side.context for side in pair.rows}) == 1
+        sums = [plain_logps(policy, s.context, s.completion).sum().item() for s in pair.rows]
         assert pair.reference == pytest.approx(sums, abs=1e-4)
     # Retokenising what was said would not have given these.
     texts = [(RENDERER.decode(side.completion), side.completion) for side in sides]
@@ -451,8 +475,8 @@ def test_on_policy_pairs_are_what_was_sampled_token_for_token(tmp_path):
     correct = [some_unscored(r.example, r.text).outcome == "correct" for r in sampler.rollouts]
     assert facts == {"prompts": 12, "pairs": len(pairs[0]), "correct": sum(correct) / 48}
     assert ledger.generated_tokens == sum(len(r.ids) for r in sampler.rollouts)
-    write_pairs(tmp_path / "pairs.jsonl", pairs)
-    assert read_pairs(tmp_path / "pairs.jsonl", 1) == pairs
+    write_judged(tmp_path / "judged.jsonl", pairs)
+    assert read_judged(tmp_path / "judged.jsonl", 1) == pairs
 
 
 def test_no_pair_is_the_users_error():
@@ -464,13 +488,14 @@ def test_no_pair_is_the_users_error():
 def test_a_source_without_pairs_leaves_the_mixture_to_the_others():
     examples = asked()
     data = prepared(examples[:2], examples[2:4], examples[4:])._replace(weights=(4.0, 2.0, 1.0))
-    _, (pairs, _, _) = on_policy(lambda e, t: Score(0.0, "wrong") if e in examples[:2] else lengths(e, t), data)
+    policy = tiny_policy()
+    _, (pairs, _, _) = on_policy(lambda e, t: Score(0.0, "wrong") if e in examples[:2] else lengths(e, t), data, policy)
     assert pairs[0] == []
     assert pairs[1]
     assert pairs[2]
-    method = DpoMethod(stage_of("dpo", batch_size=3), data, 0, pairs)
+    method = PreferenceMethod(stage_of("dpo", batch_size=3), data, 0, pairs, policy)
     shares = [
-        sum(row == pair.chosen for step in range(8) for row in method.batch(step).rows for pair in part)
+        sum(row == pair.rows[0] for step in range(8) for row in method.batch(step).rows for pair in part)
         for part in pairs
     ]
     assert shares == [0, 16, 8]
@@ -650,10 +675,10 @@ def test_dpo_refers_only_the_pairs_it_comes_to():
     """Two steps on a large file must not wait for the reference of every pair in it."""
     policy, data = tiny_policy(), prepared(paired() * 50, paired())
     few = stage_of("dpo", steps=2, batch_size=4)
-    pairs = pairs_from_data(policy, few, data, SEED)
+    pairs = judged_from_data(policy, few, data, SEED)
     assert [len(part) for part in pairs] == [4, 4]  # two sources of one weight, eight slots
-    method = DpoMethod(few, data, SEED, pairs)
+    method = PreferenceMethod(few, data, SEED, referred(policy, few, pairs)[0], policy)
     seen = [pair.sample["prompt"] for step in range(2) for pair in (method.batch(step), method.now)[1]]
     assert sorted(seen) == sorted(pair.sample["prompt"] for part in pairs for pair in part)
     many = stage_of("dpo", steps=200, batch_size=4)
-    assert [len(part) for part in pairs_from_data(policy, many, data, SEED)] == [300, 6]
+    assert [len(part) for part in judged_from_data(policy, many, data, SEED)] == [300, 6]

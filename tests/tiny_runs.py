@@ -15,15 +15,24 @@ from posttrain.data.chat import Rendered, Renderer
 from posttrain.data.prepare import Prepared
 from posttrain.models.policy import Policy
 from posttrain.models.reward import reward_model
-from posttrain.recipe.schema import Dpo, Grpo, Lora, RewardModel, Sft, StageBase
-from posttrain.records import Example, Ledger, Score
+from posttrain.recipe.objectives import OBJECTIVES
+from posttrain.recipe.schema import Grpo, Lora, Preference, RewardModel, Sft, StageBase
+from posttrain.records import Example, Ledger, Rollout, Score
 from posttrain.sampling.local import LocalSampler
 from posttrain.training.batch import Batch, Method
-from posttrain.training.dpo import DpoMethod, pairs_from_data, pairs_on_policy, read_pairs, write_pairs
 from posttrain.training.grpo import GrpoMethod
 from posttrain.training.loop import TIMES, train
+from posttrain.training.preference import (
+    PreferenceMethod,
+    judged_from_data,
+    judged_on_policy,
+    read_judged,
+    referred,
+    write_judged,
+)
 from posttrain.training.reward import RewardMethod, ends
 from posttrain.training.sft import SftMethod
+from posttrain.training.world import ALONE, World
 
 SEED = 3
 QUESTIONS = (
@@ -83,17 +92,32 @@ def paired() -> list[Example]:
     ]
 
 
+def labelled() -> list[Example]:
+    """Every third answer is bad."""
+    return [
+        Example(f"l:{i}", (turn("user", q),), (turn("assistant", a),), label=i % 3 > 0)
+        for i, (q, a) in enumerate(zip(QUESTIONS, ANSWERS, strict=True))
+    ]
+
+
 def lengths(example: Example, text: str) -> Score:
     """A toy reward that even a random model's answers differ in."""
     value = len(text) % 3 / 2
     return Score(value, "correct" if value == 1 else "wrong")
 
 
+def scorer(score: Callable[[Example, str], Score]) -> Callable[[Sequence[Rollout]], list[Score]]:
+    """One answer at a time, as what scores a whole batch."""
+    return lambda rollouts: [score(rollout.example, rollout.text) for rollout in rollouts]
+
+
 OPTIM = {"lr": 1e-2, "schedule": "cosine", "weight_decay": 0.1}
 STAGES: dict[str, tuple[type[StageBase], dict[str, Any]]] = {
     "sft": (Sft, {"kind": "sft"}),
-    "dpo": (Dpo, {"kind": "dpo"}),
-    "dpo on-policy": (Dpo, {"kind": "dpo", "on_policy": {"n": 4, "prompts": 6, "max_new_tokens": 6}}),
+    "dpo": (Preference, {"kind": "preference"}),
+    "dpo on-policy": (Preference, {"kind": "preference", "on_policy": {"n": 4, "prompts": 6, "max_new_tokens": 6}}),
+    "aot": (Preference, {"kind": "preference", "loss": "aot"}),
+    "bco_unpaired": (Preference, {"kind": "preference", "loss": "bco_unpaired"}),
     "reward_model": (RewardModel, {"kind": "reward_model", "centring": 0.01}),
     "grpo": (Grpo, {"kind": "grpo", "n": 4, "sampling": {"max_new_tokens": 6}, "kl_weight": 0.1}),
     "grpo twice": (Grpo, {"kind": "grpo", "n": 4, "sampling": {"max_new_tokens": 6}, "iterations": 2}),
@@ -111,18 +135,25 @@ def sft(stage: Sft, data: Prepared | None = None) -> SftMethod:
     return SftMethod(stage, data or prepared(answered()), SEED)
 
 
-def dpo(policy: Policy, stage: Dpo, folder: Path | None = None, data: Prepared | None = None) -> DpoMethod:
-    """Pairs from the data; on-policy pairs are kept in `folder`, and read from it the next time."""
+def preference(
+    policy: Policy,
+    stage: Preference,
+    folder: Path | None = None,
+    data: Prepared | None = None,
+    world: World = ALONE,
+) -> PreferenceMethod:
+    """Pairs or labelled answers from the data; what is sampled is kept in `folder`, and read from it the next time."""
     if stage.on_policy is None:
-        data = data or prepared(paired())
-        return DpoMethod(stage, data, SEED, pairs_from_data(policy, stage, data, SEED))
+        data = data or prepared(labelled() if OBJECTIVES[stage.loss].of == "answers" else paired())
+        judged, _ = referred(policy, stage, judged_from_data(policy, stage, data, SEED), world)
+        return PreferenceMethod(stage, data, SEED, judged, policy, world)
     assert folder is not None
     data = data or prepared(asked())
-    path = folder / "pairs.jsonl"
+    path = folder / "judged.jsonl"
     if not path.exists():
-        pairs, _, _ = pairs_on_policy(policy, stage, data, LocalSampler(policy, RENDERER), lengths, SEED)
-        write_pairs(path, pairs)
-    return DpoMethod(stage, data, SEED, read_pairs(path, len(data.rows)))
+        judged, _, _ = judged_on_policy(stage, data, LocalSampler(policy, RENDERER), scorer(lengths), SEED)
+        write_judged(path, referred(policy, stage, judged)[0])
+    return PreferenceMethod(stage, data, SEED, read_judged(path, len(data.rows)), policy)
 
 
 def grpo(
@@ -141,7 +172,7 @@ def method_of(name: str, policy: Policy, stage: Any, folder: Path | None = None)
         return sft(stage)
     if name == "reward_model":
         return RewardMethod(stage, prepared(paired()), SEED)
-    return dpo(policy, stage, folder) if name.startswith("dpo") else grpo(policy, stage)
+    return preference(policy, stage, folder) if isinstance(stage, Preference) else grpo(policy, stage)
 
 
 def run(

@@ -27,9 +27,9 @@ def watch_stage(stage: str, kind: str, metrics: Sequence[Row]) -> list[Row]:
         found.append(
             _row("skipped steps", stage, skipped, 0, skipped <= 0, "Steps whose loss or gradient was not finite")
         )
-    if kind == "dpo":
+    if kind == "preference" and _values(metrics, "chosen_logp"):
         fall = _end(metrics, "chosen_logp") - _start(metrics, "chosen_logp")
-        text = "Change of the chosen answers' log-probability; DPO can lower both sides (an NLL term guards it)"
+        text = "Change of the chosen answers' log-probability; the loss may lower both sides (nll_weight guards it)"
         found.append(_row("chosen log-probability", stage, fall, -1.0, fall >= -1.0, text))
     if kind == "grpo":
         signal = float(np.mean(_values(metrics, "signal")))

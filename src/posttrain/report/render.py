@@ -26,7 +26,7 @@ LONGEST_ANSWER = 800  # characters; what is cut is said
 
 KINDS = {
     "sft": "supervised fine-tuning",
-    "dpo": "direct preference optimisation",
+    "preference": "preference optimisation",
     "reward_model": "reward model",
     "process_reward_model": "process reward model",
     "grpo": "reinforcement learning from a verifier",
@@ -36,7 +36,7 @@ SERIES = {
     "loss": "training loss of the step",
     "reward": "mean reward of the step's completions",
     "signal": "share of groups whose completions differ in reward",
-    "margin": "reward of chosen above rejected, implicit in DPO",
+    "margin": "score of chosen above rejected, times beta",
     "accuracy": "share of pairs in which chosen is preferred",
     "chosen_reward": "mean reward of the chosen answers",
     "rejected_reward": "mean reward of the rejected answers",
