@@ -14,7 +14,7 @@ from posttrain.forest.attention import decoder
 from posttrain.machine import own_memory
 from posttrain.models.memory import Pass, measure_forward, measure_pass
 from posttrain.models.policy import Policy
-from posttrain.recipe.schema import Grpo, Preference, Sampling, ScoringStage, Stage
+from posttrain.recipe.schema import Preference, Rl, Sampling, ScoringStage, Stage
 from posttrain.records import UserError
 from posttrain.sampling import local
 from posttrain.sampling.choose import cut
@@ -51,13 +51,15 @@ def stage_memory(stage: Stage, data: Prepared, policy: Policy, seed: int) -> Ter
     trained = sum(p.nbytes for p in policy.parameters().values())
     moments = sum(p.numel() * _state_bytes(p) for p in policy.parameters().values())
     terms = {"process": own_memory(), "weights": sum(p.nbytes for p in policy.model.parameters())}
-    period = stage.iterations if isinstance(stage, Grpo) else 1
+    period = stage.period if isinstance(stage, Rl) else 1
     terms["base"] = trained  # what every stage's model is compared with
-    if isinstance(stage, Grpo) and stage.kl_weight:
+    if isinstance(stage, Rl) and stage.kl_weight:
         terms["reference"] = trained
     terms["optimiser"] = moments
     if interval(stage.checkpoint_every, period) < stage.steps:
         terms["checkpoint"] = trained + moments
+        if isinstance(stage, Rl) and stage.kl_weight and stage.reference_reset:
+            terms["checkpoint"] += trained
     try:
         step, sampling = _largest_pass(stage, data, policy.model, seed), _sampling(stage, data, policy.model)
     except Exception as error:  # the model's code is not ours, and may fail in any way
@@ -142,20 +144,22 @@ def _forward(stage: Stage, rows: Sequence[Row]) -> Callable[[nn.Module], torch.T
         return lambda model: hidden_states(model, pack(rows))
     if isinstance(stage, Preference) and stage.weighting:
         return lambda model: token_statistics(model, pack(rows), "collision")
-    temperature = stage.sampling.temperature if isinstance(stage, Grpo) else 1.0
+    if isinstance(stage, Rl) and stage.entropy_weight:
+        return lambda model: token_statistics(model, pack(rows), "entropy")
+    temperature = stage.sampling.temperature if isinstance(stage, Rl) else 1.0
     return lambda model: token_logprobs(model, pack(rows), temperature)
 
 
 def _batches(stage: Stage, data: Prepared, seed: int) -> list[list[tuple[Row, ...]]]:
     """The heaviest of the stage's batches, as the rows that must share a pass."""
-    period = stage.iterations if isinstance(stage, Grpo) else 1
+    period = stage.period if isinstance(stage, Rl) else 1
     order = draws(stage, data.rows, data.weights, seed, period)
     made = []
     for first in range(0, len(order), stage.batch_size):
         units: list[tuple[Row, ...]] = []
         for source, i in order[first : first + stage.batch_size]:
             item = data.rows[source][i]
-            if isinstance(stage, Grpo):
+            if isinstance(stage, Rl):
                 units += [(_sampled(item.prompt_ids, stage.sampling, k),) for k in range(stage.n)]
             elif isinstance(stage, Preference) and stage.on_policy:
                 units.append(tuple(_sampled(item.prompt_ids, stage.on_policy, k) for k in range(stage.width)))
@@ -174,7 +178,7 @@ def _sampled(prompt: Sequence[int], sampling: Sampling, k: int) -> Row:
 
 def _sampling(stage: Stage, data: Prepared, model: nn.Module) -> Terms:
     """Of the local engine, in one call for all prompts of a step (of the stage, where pairs are sampled first)."""
-    if isinstance(stage, Grpo):
+    if isinstance(stage, Rl):
         prompts, n, sampling = stage.batch_size, stage.n, stage.sampling
     elif isinstance(stage, Preference) and stage.on_policy:
         prompts, n, sampling = stage.on_policy.prompts, stage.on_policy.n, stage.on_policy

@@ -13,7 +13,7 @@ from posttrain.models.cost import forward_flops_per_token, training_flops_per_to
 from posttrain.models.policy import Policy, outline
 from posttrain.pipeline.memory import Terms, Unpredicted, fit, told
 from posttrain.pipeline.stages import stage_data
-from posttrain.recipe.schema import Grpo, Preference, Recipe, ScoringStage, Stage
+from posttrain.recipe.schema import Preference, Recipe, Rl, ScoringStage, Stage
 from posttrain.training.reward import hold_out
 
 MARKS = ("⟦", "⟧")
@@ -108,10 +108,11 @@ def _stage(stage: Stage, data: Prepared, policy: Policy, seed: int) -> StagePlan
         branches = stage.width
         answers = branches * stage.on_policy.max_new_tokens
         generated = stage.on_policy.prompts * stage.on_policy.n * stage.on_policy.max_new_tokens
-    elif isinstance(stage, Grpo):
+    elif isinstance(stage, Rl):
         branches = stage.n
         answers = stage.n * stage.sampling.max_new_tokens
-        generated = -(-stage.steps // stage.iterations) * stage.batch_size * answers
+        generated = -(-stage.steps // stage.period) * stage.batch_size * answers
+        trees //= stage.minibatches
     each = prompt + answers  # a prompt and all that hangs on it
     context = prompt + answers / branches
     trained = trees * each

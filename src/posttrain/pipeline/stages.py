@@ -28,6 +28,7 @@ from posttrain.recipe.schema import (
     Preference,
     ProcessRewardModel,
     RewardModel,
+    Rl,
     ScoringStage,
     Sft,
     Stage,
@@ -42,6 +43,7 @@ from posttrain.training.batch import Method
 from posttrain.training.grpo import GrpoMethod
 from posttrain.training.loop import train
 from posttrain.training.oom import FEWER, enough_memory
+from posttrain.training.ppo import PpoMethod
 from posttrain.training.preference import (
     PreferenceMethod,
     judged_from_data,
@@ -215,11 +217,13 @@ def _method(job: Job, start: Policy, sampler: Sampler, world: World) -> tuple[Me
         return RewardMethod(stage, data, seed), Ledger(), {"pairs": sum(map(len, data.rows))}
     if isinstance(stage, ProcessRewardModel):
         return ProcessRewardMethod(stage, data, seed), Ledger(), {"solutions": sum(map(len, data.rows))}
-    if isinstance(stage, Grpo):
+    if isinstance(stage, Rl):
         if stage.endpoint is not None:
             renderer = Renderer(start.tokenizer, system=stage.data.system)
             sampler = EndpointSampler(start, renderer, stage.endpoint, folder / "served")
-        return GrpoMethod(stage, data, start, sampler, score, seed, world), Ledger(), {}
+        if isinstance(stage, Grpo):
+            return GrpoMethod(stage, data, start, sampler, _scorer, seed, world), Ledger(), {}
+        return PpoMethod(stage, data, start, sampler, _scorer, seed, world), Ledger(), {}
     kept, cost = folder / "judged.jsonl", folder / "judged.json"
     if not world.gather(cost.is_file())[0]:
         facts: dict[str, Any] = {}

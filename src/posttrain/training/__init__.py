@@ -19,7 +19,7 @@ METHODS: dict[str, Entry] = {
         "Process reward model on solutions whose steps are labelled", "Lightman et al., 2305.20050"
     ),
     "grpo": Entry(
-        "Policy gradient on groups of completions: GRPO, Dr. GRPO, DAPO, GSPO, CISPO, SAPO, GMPO, VESPO, RLOO, REINFORCE++",
+        "Policy gradient on groups: GRPO, Dr. GRPO, DAPO, GSPO, CISPO, SAPO, GMPO, VESPO, RLOO, REINFORCE++",
         "Shao et al., 2402.03300",
     ),
     "ppo": Entry("Proximal policy optimisation with a critic", "Schulman et al., 1707.06347"),
