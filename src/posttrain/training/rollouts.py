@@ -250,12 +250,12 @@ class RolloutMethod(LogProbs):
         found = self._logprobs(some)
         apart = [abs(a - b) for r, logps in zip(some, found, strict=True) for a, b in zip(r.logps, logps, strict=True)]
         mean = sum(apart) / len(apart)
-        dtype = torch.bfloat16 if self.stage.endpoint else next(iter(self.policy.parameters().values())).dtype
+        dtype = torch.bfloat16 if self.stage.endpoint else next(self.policy.model.parameters()).dtype
         if not mean <= ON_POLICY[dtype]:
             raise Failure(
                 f"stage {self.stage.id!r}: the sampler's log-probabilities are {mean:.2g} nats a token from the "
-                f"trainer's on the first rollouts (allowed: {ON_POLICY[dtype]:.2g}), though both have the same weights. "
-                "The sampler computes something else; please report it. `check_first_step: false` goes on regardless"
+                f"trainer's on the first rollouts (allowed: {ON_POLICY[dtype]:.2g}), though both have the same "
+                "weights: they do not compute the same; please report it. `check_first_step: false` goes on regardless"
             )
 
     def _logprobs(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
