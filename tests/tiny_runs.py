@@ -16,12 +16,13 @@ from posttrain.data.prepare import Prepared
 from posttrain.models.policy import Policy
 from posttrain.models.reward import reward_model
 from posttrain.recipe.objectives import OBJECTIVES
-from posttrain.recipe.schema import Grpo, Lora, Preference, RewardModel, Sft, StageBase
+from posttrain.recipe.schema import Grpo, Lora, Ppo, Preference, RewardModel, Sft, StageBase
 from posttrain.records import Example, Ledger, Rollout, Score
 from posttrain.sampling.local import LocalSampler
 from posttrain.training.batch import Batch, Method
 from posttrain.training.grpo import GrpoMethod
 from posttrain.training.loop import TIMES, train
+from posttrain.training.ppo import PpoMethod
 from posttrain.training.preference import (
     PreferenceMethod,
     judged_from_data,
@@ -121,6 +122,21 @@ STAGES: dict[str, tuple[type[StageBase], dict[str, Any]]] = {
     "reward_model": (RewardModel, {"kind": "reward_model", "centring": 0.01}),
     "grpo": (Grpo, {"kind": "grpo", "n": 4, "sampling": {"max_new_tokens": 6}, "kl_weight": 0.1}),
     "grpo twice": (Grpo, {"kind": "grpo", "n": 4, "sampling": {"max_new_tokens": 6}, "iterations": 2}),
+    "grpo all": (
+        Grpo,
+        {
+            "kind": "grpo", "n": 4, "sampling": {"max_new_tokens": 6}, "advantage": "leave_one_out", "aggregate": "sum",
+            "kl_weight": 0.1, "kl_in": "reward", "kl_estimator": "k1", "reference_reset": 4, "curriculum": 2,
+            "max_draws": 3, "entropy_weight": 0.01, "iterations": 1, "minibatches": 2,
+        },
+    ),  # fmt: skip
+    "ppo": (
+        Ppo,
+        {
+            "kind": "ppo", "sampling": {"max_new_tokens": 6}, "iterations": 2, "minibatches": 2, "batch_size": 6,
+            "kl_target": 0.5, "missing_eos_penalty": 0.1,
+        },
+    ),  # fmt: skip
 }
 
 
@@ -164,7 +180,12 @@ def grpo(
     data: Prepared | None = None,
 ) -> GrpoMethod:
     sampler = sampler or LocalSampler(policy, RENDERER)
-    return GrpoMethod(stage, data or prepared(asked()), policy, sampler, score, SEED)
+    return GrpoMethod(stage, data or prepared(asked()), policy, sampler, scorer(score), SEED)
+
+
+def ppo(policy: Policy, stage: Ppo, score: Callable[[Example, str], Score] = lengths, sampler: Any = None) -> PpoMethod:
+    sampler = sampler or LocalSampler(policy, RENDERER)
+    return PpoMethod(stage, prepared(asked()), policy, sampler, scorer(score), SEED)
 
 
 def method_of(name: str, policy: Policy, stage: Any, folder: Path | None = None) -> Method:
@@ -172,6 +193,8 @@ def method_of(name: str, policy: Policy, stage: Any, folder: Path | None = None)
         return sft(stage)
     if name == "reward_model":
         return RewardMethod(stage, prepared(paired()), SEED)
+    if isinstance(stage, Ppo):
+        return ppo(policy, stage)
     return preference(policy, stage, folder) if isinstance(stage, Preference) else grpo(policy, stage)
 
 
