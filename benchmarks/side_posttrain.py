@@ -121,8 +121,8 @@ def _kept(sampler: LocalSampler, folder: Path) -> Any:
     return sample
 
 
-def _score(example: Example, text: str) -> Score:
-    return Score(code(text), "correct")
+def _score(rollouts: Sequence[Rollout]) -> list[Score]:
+    return [Score(code(rollout.text), "correct") for rollout in rollouts]
 
 
 if __name__ == "__main__":

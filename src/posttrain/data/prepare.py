@@ -19,7 +19,7 @@ from posttrain.data.sources import LISTED, Loaded, read
 from posttrain.recipe.schema import Data
 from posttrain.records import Example, UserError
 
-Need = Literal["completion", "label", "pair", "prompt"] | Callable[[Example, Renderer], tuple[Rendered, ...]]
+Need = Literal["completion", "label", "pair"] | Callable[[Example, Renderer], tuple[Rendered, ...]]
 
 
 class Prepared(NamedTuple):
@@ -35,8 +35,8 @@ def prepare(
 ) -> Prepared:
     """Read and render every source of `data`.
 
-    need: what a row must offer: an answer to learn, one with a label, a better and a worse one, or a prompt with a
-        verifier; or a function that renders a row, and raises Malformed where it has not what is needed.
+    need: what a row must offer: an answer to learn, one with a label, or a better and a worse one; or a function that
+        renders a row, and raises Malformed where it has not what is needed.
     held_out: `prompt_key`s of evaluation items; rows with one of them are dropped and counted.
     context: the model's context length in tokens; never exceeded, whatever `data.max_length` says.
     Raises UserError for too many bad rows, for a too long row under `too_long: error`, and for nothing left.
@@ -66,6 +66,17 @@ def prompt_key(example: Example) -> str:
     asked = [f"{m['role']}:{m.get('content') or ''}" for m in example.prompt if m["role"] != "system"]
     text = "\x1e".join(asked) if example.text is None else example.text
     return hashlib.sha256(" ".join(unicodedata.normalize("NFKC", text).casefold().split()).encode()).hexdigest()
+
+
+def prompted(example: Example, renderer: Renderer, lacks: Callable[[Example], str]) -> tuple[Rendered]:
+    """Its prompt alone, to be answered by a model. `lacks` says why no answer could be scored, or nothing.
+
+    Raises:
+        Malformed: so it says, or there is no prompt.
+    """
+    if why := lacks(example) or ("" if example.prompt else "it has no prompt"):
+        raise Malformed(why)
+    return (Rendered(example, renderer.prompt_ids(example)),)
 
 
 def schedule(sizes: Sequence[int], weights: Sequence[float], slots: int, seed: int) -> list[tuple[int, int]]:
@@ -164,10 +175,6 @@ def _rendered(example: Example, renderer: Renderer, need: Need) -> tuple[Rendere
     """`example` rendered for `need`; Malformed where it cannot serve it."""
     if callable(need):
         return need(example, renderer)
-    if need == "prompt":
-        if example.task is None:
-            raise Malformed("no verifier can score an answer to it (only generated tasks have one)")
-        return (Rendered(example, renderer.prompt_ids(example)),)
     if need == "pair":
         if not (example.completion and example.rejected):
             raise Malformed("it holds no pair of a better and a worse answer")
@@ -206,7 +213,7 @@ def _truncated(row: Rendered, limit: int) -> Rendered | None:
 
 
 def _digest(rows: Iterable[Rendered]) -> bytes:
-    """Names what training sees of `rows`: ids, targets, labels and the reference answer."""
+    """Names what training sees of `rows`: ids, targets, labels, and what answers are scored by."""
     sha = hashlib.sha256()
     for row in rows:
         example = row.example
@@ -214,6 +221,7 @@ def _digest(rows: Iterable[Rendered]) -> bytes:
         for part in ids:
             sha.update(len(part).to_bytes(8, "little") + np.asarray(part, "<i4").tobytes())
         sha.update(repr((example.label, example.margin, example.step_labels, example.task, example.answer)).encode())
+        sha.update(repr([example.meta.get(key) for key in ("tests", "instructions")]).encode())
     return sha.digest()
 
 

@@ -30,7 +30,7 @@ from posttrain.recipe.load import resolved
 from posttrain.recipe.schema import Recipe, ScoringStage, StageBase
 from posttrain.records import derive
 from posttrain.report.render import render
-from posttrain.rewards.verifier import score
+from posttrain.rewards.verifier import verify
 from posttrain.sampling.local import LocalSampler
 
 BASE = "base"
@@ -145,7 +145,7 @@ class _Measure:
         sampler = LocalSampler(policy, Renderer(policy.tokenizer, system=evals.system))
         found: dict[str, Any] = {"model": digest, "evals": asked, "suites": [], "retention": None}
         if self.exam:
-            rows, _ = suites.answer(self.exam, evals, sampler, score, derive(self.recipe.seed, "evals"))
+            rows, _ = suites.answer(self.exam, evals, sampler, verify, derive(self.recipe.seed, "evals"))
             write_rows(self.folder / f"{stage}.jsonl", rows)
             found["suites"] = suites.summarise(rows, evals, stage, digest)
         if evals.retention:

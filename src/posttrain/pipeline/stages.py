@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from posttrain.data.chat import Rendered, Renderer
-from posttrain.data.prepare import Need, Prepared, prepare
+from posttrain.data.prepare import Need, Prepared, prepare, prompted
 from posttrain.data.steps import solution
 from posttrain.evals.stats import wilson
 from posttrain.machine import peak_memory
@@ -23,6 +23,7 @@ from posttrain.models.reward import fitting, reward_model
 from posttrain.pipeline.folder import digest, read_json, write_json
 from posttrain.pipeline.memory import fit
 from posttrain.recipe.objectives import OBJECTIVES
+from posttrain.recipe.rewards import Rewarded
 from posttrain.recipe.schema import (
     Grpo,
     Preference,
@@ -34,8 +35,10 @@ from posttrain.recipe.schema import (
     Stage,
     StageBase,
 )
-from posttrain.records import Example, Ledger, Rollout, Score, UserError, derive
-from posttrain.rewards.verifier import prove, score
+from posttrain.records import Example, Ledger, UserError, derive
+from posttrain.rewards import build
+from posttrain.rewards.protocol import Scorer
+from posttrain.rewards.sources import lacking, proven
 from posttrain.sampling.endpoint import EndpointSampler
 from posttrain.sampling.local import LocalSampler
 from posttrain.sampling.protocol import Sampler
@@ -56,10 +59,6 @@ from posttrain.training.process_reward import ProcessRewardMethod, verdicts
 from posttrain.training.reward import RewardMethod, ends, hold_out, preferred
 from posttrain.training.sft import SftMethod
 from posttrain.training.world import ALONE, World
-
-PROOF = 16
-"""Examples of each task on which its verifier must prove itself before it may train."""
-
 
 @dataclass(frozen=True)
 class Say:
@@ -105,13 +104,13 @@ def stage_data(stage: StageBase, policy: Policy, held_out: frozenset[str]) -> Pr
     """The stage's rows, rendered for `policy` and the models made from it.
 
     Raises:
-        UserError: the data cannot be used, the verifier of a task in it fails its proof, or no reward model can be
+        UserError: the data cannot be used, a reward fails its proof on it, or no reward model can be
             made of such a policy.
     """
     renderer = Renderer(policy.tokenizer, system=stage.data.system)
     data = prepare(stage.data, renderer, need=need(stage), held_out=held_out, context=policy.context)
-    if need(stage) == "prompt":
-        _prove(stage, data)
+    if rewarded := _rewarded(stage):
+        proven(rewarded.rewards, _by_task(data))
     if isinstance(stage, ScoringStage):
         hold_out(stage, data)
         fitting(policy, ends(data))
@@ -178,13 +177,20 @@ def run_stage(job: Job, say: Say, trainer: Trainer = train_here) -> None:
 def need(stage: StageBase) -> Need:
     if isinstance(stage, Sft):
         return "completion"
+    if rewarded := _rewarded(stage):
+        return partial(prompted, lacks=lacking(rewarded.rewards))
     if isinstance(stage, Preference):
-        if stage.on_policy is not None:
-            return "prompt"
         return "label" if OBJECTIVES[stage.loss].of == "answers" else "pair"
     if isinstance(stage, ProcessRewardModel):
         return partial(solution, separator=stage.separator)
-    return "pair" if isinstance(stage, RewardModel) else "prompt"
+    return "pair"
+
+
+def _rewarded(stage: StageBase) -> Rewarded | None:
+    """The block that says what answers to the stage's prompts are worth, where it samples them."""
+    if isinstance(stage, Preference):
+        return stage.on_policy
+    return stage if isinstance(stage, Rewarded) else None
 
 
 def _held_out(model: nn.Module, held: list[Rendered], stage: ScoringStage) -> dict[str, Any]:
@@ -221,9 +227,10 @@ def _method(job: Job, start: Policy, sampler: Sampler, world: World) -> tuple[Me
         if stage.endpoint is not None:
             renderer = Renderer(start.tokenizer, system=stage.data.system)
             sampler = EndpointSampler(start, renderer, stage.endpoint, folder / "served")
+        score = _scorer(stage, data, start)
         if isinstance(stage, Grpo):
-            return GrpoMethod(stage, data, start, sampler, _scorer, seed, world), Ledger(), {}
-        return PpoMethod(stage, data, start, sampler, _scorer, seed, world), Ledger(), {}
+            return GrpoMethod(stage, data, start, sampler, score, seed, world), Ledger(), {}
+        return PpoMethod(stage, data, start, sampler, score, seed, world), Ledger(), {}
     kept, cost = folder / "judged.jsonl", folder / "judged.json"
     if not world.gather(cost.is_file())[0]:
         facts: dict[str, Any] = {}
@@ -231,7 +238,7 @@ def _method(job: Job, start: Policy, sampler: Sampler, world: World) -> tuple[Me
             if stage.on_policy is None:
                 ledger, judged = Ledger(), judged_from_data(start, stage, data, seed)
             else:
-                judged, ledger, facts = judged_on_policy(stage, data, sampler, _scorer, seed)
+                judged, ledger, facts = judged_on_policy(stage, data, sampler, _scorer(stage, data, start), seed)
             judged, by = referred(start, stage, judged, world)
         if world.rank == 0:
             write_judged(kept, judged)
@@ -242,21 +249,24 @@ def _method(job: Job, start: Policy, sampler: Sampler, world: World) -> tuple[Me
     return PreferenceMethod(stage, data, seed, judged, start, world), Ledger(**made["ledger"]), made["facts"]
 
 
-def _scorer(rollouts: Sequence[Rollout]) -> list[Score]:
-    return [score(rollout.example, rollout.text) for rollout in rollouts]
+def _scorer(stage: StageBase, data: Prepared, start: Policy) -> Scorer:
+    rewarded = _rewarded(stage)
+    assert rewarded is not None
+    return build(
+        rewarded.rewards,
+        Renderer(start.tokenizer, system=stage.data.system),
+        max_unscored=rewarded.max_unscored,
+        examples=[row.example for rows in data.rows for row in rows],
+    )
 
 
-def _prove(stage: StageBase, data: Prepared) -> None:
-    by_task: dict[str, list[Example]] = {}
-    for rows in data.rows:
-        for rendered in rows:
-            by_task.setdefault(str(rendered.example.task), []).append(rendered.example)
-    for task, examples in by_task.items():
-        if failures := prove(task, examples[:PROOF]):
-            listed = "\n  ".join(failures[:5])
-            raise UserError(
-                f"stage {stage.id!r}: the verifier of {task} can be fooled, so no model may train on it:\n  {listed}"
-            )
+def _by_task(data: Prepared) -> dict[str, list[Example]]:
+    """What there is to prove a rule on: the examples of each generated task, and of each other source."""
+    groups: dict[str, list[Example]] = {}
+    for source, rows in zip(data.report["sources"], data.rows, strict=True):
+        for row in rows:
+            groups.setdefault(row.example.task or source["source"], []).append(row.example)
+    return groups
 
 
 def _told(data: Prepared) -> list[str]:

@@ -59,13 +59,11 @@ def finite(score: Score) -> Score:
     return score
 
 
-def limited(score: Scorer, max_unscored: float) -> Scorer:
-    """`score` under the policy of what cannot be scored: it is None with its cause, and too much of it stops the run.
-
-    A scorer that raises leaves its whole batch unscored. NaN and infinity are no scores.
+def guarded(score: Scorer) -> Scorer:
+    """`score`, where one that raises leaves its whole batch unscored, and NaN or infinity is no score.
 
     Raises:
-        Failure: more than the share `max_unscored` of a batch is unscored, or there is not one score for each rollout.
+        Failure: it gives more or fewer scores than there are rollouts.
     """
 
     def scored(rollouts: Sequence[Rollout]) -> list[Score]:
@@ -77,13 +75,26 @@ def limited(score: Scorer, max_unscored: float) -> Scorer:
             scores = [Score(None, "error", why=f"{type(error).__name__}: {error}")] * len(rollouts)
         if len(scores) != len(rollouts):
             raise Failure(f"a reward gave {len(scores)} scores for {len(rollouts)} answers; it must give one for each")
-        scores = [finite(found) for found in scores]
+        return [finite(found) for found in scores]
+
+    return scored
+
+
+def limited(score: Scorer, max_unscored: float) -> Scorer:
+    """`score`, which stops the run where more than the share `max_unscored` of a batch has none.
+
+    Raises:
+        Failure: so it is; names the most frequent causes.
+    """
+
+    def scored(rollouts: Sequence[Rollout]) -> list[Score]:
+        scores = score(rollouts)
         causes = Counter(found.why for found in scores if found.value is None)
         if causes.total() > max_unscored * len(rollouts):
             listed = "\n  ".join(f"{n} x {why}" for why, n in causes.most_common(3))
             raise Failure(
                 f"{causes.total()} of {len(rollouts)} answers could not be scored, more than max_unscored "
-                f"({max_unscored:.0%}) allows; mend the reward, or raise max_unscored. The most frequent causes:\n  {listed}"
+                f"({max_unscored:.0%}) allows; mend the reward, or raise max_unscored. Most frequent causes:\n  {listed}"
             )
         return scores
 
