@@ -18,7 +18,7 @@ def pieces(text: str, separator: str = "\n", end: tuple[int, ...] = (2,)) -> lis
     """The text from one step's end to the next."""
     ids = (*TOKENIZER.encode(text), *end)
     ends = step_ends(ids, RENDERER.decode, separator)
-    starts = (0, *(e + 1 for e in ends[:-1]))
+    starts = (0, *(e + 1 for e in ends[:-1]))[: len(ends)]
     return [RENDERER.decode(ids[a : b + 1]) for a, b in zip(starts, ends, strict=True)]
 
 
@@ -46,7 +46,7 @@ def test_the_last_step_is_read_at_the_end_of_the_turn() -> None:
 
 def test_another_separator() -> None:
     assert pieces("a\nb\n\nc\n\n\n\nd", "\n\n") == ["a\nb\n\n", "c\n\n", "\n\nd"]
-    assert pieces("x and y and z", " and ") == ["x and ", "y and ", "z"]
+    assert pieces("x;y;z", ";") == ["x;", "y;", "z"]
 
 
 def test_a_token_may_hold_the_end_of_a_step_and_the_beginning_of_the_next() -> None:

@@ -104,7 +104,9 @@ def test_a_part_of_an_adapter_is_refused(tmp_path: Path) -> None:
 
 
 def test_several_numbers_for_a_sequence_are_no_reward(tmp_path: Path) -> None:
-    model = AutoModelForSequenceClassification.from_config(tiny_model().config, num_labels=3)
+    config = tiny_model().config
+    config.num_labels = 3
+    model = AutoModelForSequenceClassification.from_config(config)
     model.save_pretrained(tmp_path / "classes")
     tiny_tokenizer().save_pretrained(tmp_path / "classes")
     with pytest.raises(UserError, match="gives one number for a sequence, and this one has 3 numbers"):
