@@ -59,7 +59,7 @@ LISTS = {"on_policy": {"n": 4, "prompts": 6, "max_new_tokens": 6}}
 
 
 def stage_of(loss: str, **settings: Any) -> Preference:
-    own = LISTS if OBJECTIVES[loss].of == "lists" else {}  # type: ignore[index]
+    own = LISTS if OBJECTIVES[loss].of == "lists" else {}
     return Preference.model_validate(
         {
             "id": "toy",
@@ -125,27 +125,27 @@ def alpha_reward(a: Side) -> Tensor:
 
 
 PAIRS: dict[str, Callable[[Side, Side], Tensor]] = {
-    "dpo": lambda w, l: -ls(0.1 * (r(w) - r(l))),
-    "dpo_norm": lambda w, l: -ls(5 * (r(w) / w.n - r(l) / l.n)),
-    "hinge": lambda w, l: torch.relu(1 - 0.05 * (r(w) - r(l))),
-    "ipo": lambda w, l: (r(w) / w.n - r(l) / l.n - 1 / (2 * 0.1)) ** 2,
-    "robust": lambda w, l: (-0.9 * ls(0.01 * (r(w) - r(l))) + 0.1 * ls(-0.01 * (r(w) - r(l)))) / 0.8,
-    "exo": lambda w, l: (
-        s(0.1 * (r(w) - r(l))) * (ls(0.1 * (r(w) - r(l))) - math.log(0.999))
-        + s(-0.1 * (r(w) - r(l))) * (ls(-0.1 * (r(w) - r(l))) - math.log(0.001))
+    "dpo": lambda w, v: -ls(0.1 * (r(w) - r(v))),
+    "dpo_norm": lambda w, v: -ls(5 * (r(w) / w.n - r(v) / v.n)),
+    "hinge": lambda w, v: torch.relu(1 - 0.05 * (r(w) - r(v))),
+    "ipo": lambda w, v: (r(w) / w.n - r(v) / v.n - 1 / (2 * 0.1)) ** 2,
+    "robust": lambda w, v: (-0.9 * ls(0.01 * (r(w) - r(v))) + 0.1 * ls(-0.01 * (r(w) - r(v)))) / 0.8,
+    "exo": lambda w, v: (
+        s(0.1 * (r(w) - r(v))) * (ls(0.1 * (r(w) - r(v))) - math.log(0.999))
+        + s(-0.1 * (r(w) - r(v))) * (ls(-0.1 * (r(w) - r(v))) - math.log(0.001))
     ),
-    "nca": lambda w, l: -ls(0.01 * r(w)) - ls(-0.01 * r(w)) / 2 - ls(-0.01 * r(l)) / 2,
-    "bco": lambda w, l: -ls(0.01 * r(w)) - ls(-0.01 * r(l)),
-    "sppo": lambda w, l: (r(w) - 500) ** 2 + (r(l) + 500) ** 2,
-    "apo_zero": lambda w, l: 1 - s(0.1 * r(w)) + s(0.1 * r(l)),
-    "apo_down": lambda w, l: s(0.1 * r(w)) + 1 - s(0.1 * (r(w) - r(l))),
-    "discopop": lambda w, l: (
-        -s(-(r(w) - r(l))) * ls(0.05 * (r(w) - r(l))) + s(r(w) - r(l)) * torch.exp(-0.05 * (r(w) - r(l)))
+    "nca": lambda w, v: -ls(0.01 * r(w)) - ls(-0.01 * r(w)) / 2 - ls(-0.01 * r(v)) / 2,
+    "bco": lambda w, v: -ls(0.01 * r(w)) - ls(-0.01 * r(v)),
+    "sppo": lambda w, v: (r(w) - 500) ** 2 + (r(v) + 500) ** 2,
+    "apo_zero": lambda w, v: 1 - s(0.1 * r(w)) + s(0.1 * r(v)),
+    "apo_down": lambda w, v: s(0.1 * r(w)) + 1 - s(0.1 * (r(w) - r(v))),
+    "discopop": lambda w, v: (
+        -s(-(r(w) - r(v))) * ls(0.05 * (r(w) - r(v))) + s(r(w) - r(v)) * torch.exp(-0.05 * (r(w) - r(v)))
     ),
-    "cpo": lambda w, l: -ls(0.1 * (w.L - l.L)),
-    "simpo": lambda w, l: -ls(2 * (w.L / w.n - l.L / l.n) - 1),
-    "alphapo": lambda w, l: -ls(2.5 * (alpha_reward(w) - alpha_reward(l)) - 0.1),
-    "orpo": lambda w, l: -0.1 * ls(odds(w) - odds(l)),
+    "cpo": lambda w, v: -ls(0.1 * (w.L - v.L)),
+    "simpo": lambda w, v: -ls(2 * (w.L / w.n - v.L / v.n) - 1),
+    "alphapo": lambda w, v: -ls(2.5 * (alpha_reward(w) - alpha_reward(v)) - 0.1),
+    "orpo": lambda w, v: -0.1 * ls(odds(w) - odds(v)),
 }
 """With the papers' own parameters; discopop's two are equal, so that its gate is s(d)."""
 NLL = {"cpo": 1.0, "orpo": 1.0, "rrhf": 1.0, "pro": 0.05}
@@ -154,15 +154,15 @@ NLL = {"cpo": 1.0, "orpo": 1.0, "rrhf": 1.0, "pro": 0.05}
 def whole(loss: str, items: Sequence[Judged], of: list[list[Side]], z: Tensor) -> Tensor:
     """The step's loss without its NLL."""
     if loss in PAIRS:
-        return torch.stack([PAIRS[loss](w, l) for w, l in of]).mean()
+        return torch.stack([PAIRS[loss](w, v) for w, v in of]).mean()
     if loss == "aot":
         up, down = (torch.stack([r(pair[k]) for pair in of]).sort().values for k in (0, 1))
         return -ls(0.1 * (up - down)).mean()
     if loss == "aot_paired":
-        ours = torch.stack([w.L - l.L for w, l in of]).sort().values
-        theirs = torch.stack([w.R - l.R for w, l in of]).sort().values
+        ours = torch.stack([w.L - v.L for w, v in of]).sort().values
+        theirs = torch.stack([w.R - v.R for w, v in of]).sort().values
         return -ls(0.1 * (ours - theirs)).mean()
-    if OBJECTIVES[loss].of == "lists":  # type: ignore[index]
+    if OBJECTIVES[loss].of == "lists":
         rewards_PK = torch.tensor([item.rewards for item in items], dtype=torch.float64)
         if loss == "lipo":
             return listwise.lipo(torch.stack([torch.stack([0.1 * r(a) for a in k]) for k in of]), rewards_PK).mean()
@@ -221,9 +221,9 @@ def test_surplus_length_counts_less_in_policy_and_reference(tmp_path):
     found, _ = gradient(policy, method, method.batch(0), stage)
     pairs = [shaped(policy, reference, item, 0.3) for item in method.now]
     assert any(len({len(row.completion) for row in item.rows}) > 1 for item in method.now)
-    assert found["loss"] == pytest.approx(-sum(ls(0.1 * (w - l)).item() for w, l in pairs) / 6, rel=1e-9)
+    assert found["loss"] == pytest.approx(-sum(ls(0.1 * (w - v)).item() for w, v in pairs) / 6, rel=1e-9)
     everything = [shaped(policy, reference, item, 1.0) for item in method.now]
-    assert found["loss"] != pytest.approx(-sum(ls(0.1 * (w - l)).item() for w, l in everything) / 6, rel=1e-4)
+    assert found["loss"] != pytest.approx(-sum(ls(0.1 * (w - v)).item() for w, v in everything) / 6, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -242,9 +242,9 @@ def test_scores_come_from_the_divergence_that_is_asked_for(tmp_path, loss, setti
     found, _ = gradient(policy, method, method.batch(0), stage)
     of = sides(policy, reference, method.now)
     if loss == "dpo":
-        expected = [-ls(0.1 * (g(r(w)) - g(r(l)))) for w, l in of]
+        expected = [-ls(0.1 * (g(r(w)) - g(r(v)))) for w, v in of]
     else:
-        expected = [(g(r(w)) / w.n - g(r(l)) / l.n - 5) ** 2 for w, l in of]
+        expected = [(g(r(w)) / w.n - g(r(v)) / v.n - 5) ** 2 for w, v in of]
     assert found["loss"] == pytest.approx(sum(x.item() for x in expected) / 6, rel=1e-9)
 
 
@@ -254,14 +254,14 @@ def test_pairs_are_weighed_by_how_likely_the_policy_is_to_write_them(tmp_path, l
     policy, reference, method, stage = made(loss, tmp_path, weighting=True)
     found, ours = gradient(policy, method, method.batch(0), stage)
     expected = torch.tensor(0.0, dtype=torch.float64)
-    for item, (w, l) in zip(method.now, sides(policy, reference, method.now), strict=True):
+    for item, (w, v) in zip(method.now, sides(policy, reference, method.now), strict=True):
         weight = 1.0
         for row in item.rows:
             ids = torch.tensor([[*row.context, *row.completion]])
             logps_TV = policy.model(ids).logits[0, len(row.context) - 1 : -1].log_softmax(-1).detach()
             own_T = logps_TV.gather(1, torch.tensor(row.completion)[:, None]).squeeze(1)
             weight *= torch.exp((own_T - (2 * logps_TV).logsumexp(1)).mean()).item()
-        expected = expected + weight * PAIRS[loss](w, l) / 6
+        expected = expected + weight * PAIRS[loss](w, v) / 6
     expected.backward()
     assert found["loss"] == pytest.approx(expected.item(), rel=1e-6)
     for name, p in policy.parameters().items():
@@ -272,7 +272,7 @@ def test_label_smoothing_and_the_nll_term_add_what_they_say(tmp_path):
     policy, reference, method, stage = made("cpo", tmp_path, label_smoothing=0.2, nll_weight=0.3)
     found, _ = gradient(policy, method, method.batch(0), stage)
     of = sides(policy, reference, method.now)
-    losses = [-0.8 * ls(0.1 * (w.L - l.L)) - 0.2 * ls(-0.1 * (w.L - l.L)) for w, l in of]
+    losses = [-0.8 * ls(0.1 * (w.L - v.L)) - 0.2 * ls(-0.1 * (w.L - v.L)) for w, v in of]
     nll = -sum(w.L.item() for w, _ in of) / sum(w.n for w, _ in of)
     assert found["loss"] == pytest.approx(sum(x.item() for x in losses) / 6 + 0.3 * nll, rel=1e-9)
 
