@@ -18,7 +18,7 @@ PROBE = {"weighting": True, "divergence": "js"}
 
 
 def stage(loss: str, **settings: Any) -> Preference:
-    if OBJECTIVES[loss].of == "lists":
+    if OBJECTIVES[loss].of in ("lists", "triples"):
         settings = LISTED | settings
     data = {"sources": [{"source": "x.jsonl"}]}
     return Preference.model_validate(
@@ -54,7 +54,7 @@ def test_what_a_loss_reads_is_taken_and_filled_in_and_the_rest_is_refused(loss: 
             assert stage(loss, **{name: value}).parameters == {**reads, name: value}
         else:
             assert getattr(plain, name) is None
-            given = LISTED if OBJECTIVES[loss].of == "lists" else {}
+            given = LISTED if OBJECTIVES[loss].of in ("lists", "triples") else {}
             message = refused(loss, **given, **{name: PROBE.get(name, 0.1)})
             assert message == f"{name}: loss {loss} does not read it; it reads {', '.join(reads)}"
 
@@ -81,6 +81,7 @@ def test_alpha_belongs_to_one_divergence(divergence: str) -> None:
         ("exo", {"label_smoothing": 0}, "label_smoothing: must be above 0: loss exo takes its logarithm"),
         ("simpo", {"reference": {"source": "m"}}, "reference: loss simpo has no reference"),
         ("rrhf", {}, "on_policy: missing; loss rrhf learns from lists, which are sampled"),
+        ("tpo", {}, "on_policy: missing; loss tpo learns from triples, which are sampled"),
         ("kto", LISTED, "on_policy: loss kto learns from labelled answers, not from ranked ones"),
         ("kto", {"batch_size": 1}, "batch_size: must be at least 2: loss kto compares the answers of a step"),
         ("aot", {"batch_size": 1}, "batch_size: must be at least 2: loss aot compares the answers of a step"),
@@ -92,6 +93,6 @@ def test_what_does_not_go_together_is_told(loss: str, settings: dict[str, Any], 
 
 
 def test_a_list_is_as_wide_as_it_is_sampled() -> None:
-    widths = {loss: stage(loss).width for loss in ("dpo", "kto", "rrhf")}
-    assert widths == {"dpo": 2, "kto": 1, "rrhf": 8}
+    widths = {loss: stage(loss).width for loss in ("dpo", "tpo", "kto", "rrhf")}
+    assert widths == {"dpo": 2, "tpo": 3, "kto": 1, "rrhf": 8}
     assert stage("dpo", on_policy={"prompts": 4, "n": 6}).width == 2

@@ -59,7 +59,7 @@ LISTS = {"on_policy": {"n": 4, "prompts": 6, "max_new_tokens": 6}}
 
 
 def stage_of(loss: str, **settings: Any) -> Preference:
-    own = LISTS if OBJECTIVES[loss].of == "lists" else {}
+    own = LISTS if OBJECTIVES[loss].of in ("lists", "triples") else {}
     return Preference.model_validate(
         {
             "id": "toy",
@@ -143,18 +143,19 @@ PAIRS: dict[str, Callable[[Side, Side], Tensor]] = {
         -s(-(r(w) - r(v))) * ls(0.05 * (r(w) - r(v))) + s(r(w) - r(v)) * torch.exp(-0.05 * (r(w) - r(v)))
     ),
     "cpo": lambda w, v: -ls(0.1 * (w.L - v.L)),
+    "tpo": lambda w, v: -ls(0.01 * (w.L - v.L)),
     "simpo": lambda w, v: -ls(2 * (w.L / w.n - v.L / v.n) - 1),
     "alphapo": lambda w, v: -ls(2.5 * (alpha_reward(w) - alpha_reward(v)) - 0.1),
     "orpo": lambda w, v: -0.1 * ls(odds(w) - odds(v)),
 }
 """With the papers' own parameters; discopop's two are equal, so that its gate is s(d)."""
-NLL = {"cpo": 1.0, "orpo": 1.0, "rrhf": 1.0, "pro": 0.05}
+NLL = {"cpo": 1.0, "orpo": 1.0, "tpo": 1.0, "rrhf": 1.0, "pro": 0.05}
 
 
 def whole(loss: str, items: Sequence[Judged], of: list[list[Side]], z: Tensor) -> Tensor:
     """The step's loss without its NLL."""
     if loss in PAIRS:
-        return torch.stack([PAIRS[loss](w, v) for w, v in of]).mean()
+        return torch.stack([PAIRS[loss](w, v) for w, v, *_ in of]).mean()
     if loss == "aot":
         up, down = (torch.stack([r(pair[k]) for pair in of]).sort().values for k in (0, 1))
         return -ls(0.1 * (up - down)).mean()
@@ -192,7 +193,7 @@ def test_a_step_is_the_formula_of_its_loss(tmp_path, loss):
         z = torch.stack([r(a) for (a,) in others]).mean().clamp(min=0).detach()
     expected = whole(loss, method.now, of, z)
     if loss in NLL:
-        best = [group[0] for group in of]
+        best = [group[-1 if loss == "tpo" else 0] for group in of]
         expected = expected - NLL[loss] * torch.stack([a.L for a in best]).sum() / sum(a.n for a in best)
     expected.backward()
     theirs = {name: p.grad for name, p in policy.parameters().items() if p.grad is not None}

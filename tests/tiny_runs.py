@@ -164,7 +164,7 @@ def preference(
         judged, _ = referred(policy, stage, judged_from_data(policy, stage, data, SEED), world)
         return PreferenceMethod(stage, data, SEED, judged, policy, world)
     assert folder is not None
-    data = data or prepared(asked())
+    data = data or prepared(answered()[:6] if stage.loss == "tpo" else asked())
     path = folder / "judged.jsonl"
     if not path.exists():
         judged, _, _ = judged_on_policy(stage, data, LocalSampler(policy, RENDERER), scorer(lengths), SEED)

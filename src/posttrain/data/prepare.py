@@ -68,14 +68,24 @@ def prompt_key(example: Example) -> str:
     return hashlib.sha256(" ".join(unicodedata.normalize("NFKC", text).casefold().split()).encode()).hexdigest()
 
 
-def prompted(example: Example, renderer: Renderer, lacks: Callable[[Example], str]) -> tuple[Rendered]:
-    """Its prompt alone, to be answered by a model. `lacks` says why no answer could be scored, or nothing.
+def prompted(
+    example: Example, renderer: Renderer, lacks: Callable[[Example], str], own: bool = False
+) -> tuple[Rendered, ...]:
+    """Its prompt, to be answered by a model, alone or with its `own` answer. `lacks` says why no answer could be
+    scored, or nothing.
 
     Raises:
-        Malformed: so it says, or there is no prompt.
+        Malformed: so it says, there is no prompt, or no answer.
     """
     if why := lacks(example) or ("" if example.prompt else "it has no prompt"):
         raise Malformed(why)
+    if own:
+        if not example.completion:
+            raise Malformed("it holds no answer of its own, to be learned beside the sampled ones")
+        rows = renderer.render(dataclasses.replace(example, rejected=()))
+        if len(rows) > 1:
+            raise Malformed("the chat template rewrites earlier turns, so its own answer cannot be kept whole")
+        return rows
     return (Rendered(example, renderer.prompt_ids(example)),)
 
 

@@ -178,7 +178,8 @@ def need(stage: StageBase) -> Need:
     if isinstance(stage, Sft):
         return "completion"
     if rewarded := _rewarded(stage):
-        return partial(prompted, lacks=lacking(rewarded.rewards))
+        own = isinstance(stage, Preference) and OBJECTIVES[stage.loss].of == "triples"
+        return partial(prompted, lacks=lacking(rewarded.rewards), own=own)
     if isinstance(stage, Preference):
         return "label" if OBJECTIVES[stage.loss].of == "answers" else "pair"
     if isinstance(stage, ProcessRewardModel):

@@ -10,8 +10,8 @@ from typing import Literal, NamedTuple
 
 Loss = Literal[
     "dpo", "dpo_norm", "hinge", "ipo", "robust", "exo", "nca", "bco", "sppo", "aot", "aot_paired", "apo_zero",
-    "apo_down", "discopop", "cpo", "simpo", "alphapo", "orpo", "rrhf", "pro", "lipo", "kto", "apo_zero_unpaired",
-    "bco_unpaired",
+    "apo_down", "discopop", "cpo", "simpo", "alphapo", "orpo", "tpo", "rrhf", "pro", "lipo", "kto",
+    "apo_zero_unpaired", "bco_unpaired",
 ]  # fmt: skip
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 Values = Mapping[str, float | str]
@@ -20,8 +20,9 @@ Values = Mapping[str, float | str]
 class Objective(NamedTuple):
     summary: str
     paper: str
-    of: Literal["pairs", "lists", "answers"]
-    """What it compares: a better and a worse answer to one prompt; several, ranked; single ones that bear a label."""
+    of: Literal["pairs", "triples", "lists", "answers"]
+    """What it compares: a better and a worse answer to one prompt; these and a third that is learned as it stands; all
+    of several, ranked; single ones that bear a label."""
     score: Literal["sum", "mean", "odds", "alpha"]
     """What it makes of an answer's log-probabilities; `odds` and `alpha` (AlphaPO's) are functions of their mean."""
     reference: bool
@@ -113,6 +114,10 @@ OBJECTIVES: dict[Loss, Objective] = {
     "orpo": Objective(
         "NLL of the chosen answer, and beta times the log of the odds ratio", "Hong et al., 2403.07691", "pairs",
         "odds", False, {"beta": 0.1, **_PAIR, "nll_weight": 1.0},
+    ),
+    "tpo": Objective(
+        "CPO whose NLL is that of a third answer, the data's own", "Saeidi et al., 2405.16681", "triples", "sum", False,
+        {"beta": 0.01, "label_smoothing": 0.0, "nll_weight": 1.0},
     ),
     "rrhf": Objective(
         "Every better answer above every worse one", "Yuan et al., 2304.05302", "lists", "mean", False,

@@ -225,8 +225,9 @@ class Preference(StageBase):
             problems.append((("reference",), f"loss {self.loss} has no reference"))
         if self.on_policy is not None and objective.of == "answers":
             problems.append((("on_policy",), f"loss {self.loss} learns from labelled answers, not from ranked ones"))
-        if self.on_policy is None and objective.of == "lists":
-            problems.append((("on_policy",), f"missing; loss {self.loss} learns from lists, which are sampled"))
+        if self.on_policy is None and objective.of in ("lists", "triples"):
+            what = f"missing; loss {self.loss} learns from {objective.of}, which are sampled"
+            problems.append((("on_policy",), what))
         if self.batch_size < 2 and objective.whole_step:
             problems.append((("batch_size",), f"must be at least 2: loss {self.loss} compares the answers of a step"))
         if problems:
@@ -239,13 +240,31 @@ class Preference(StageBase):
     @property
     def width(self) -> int:
         """Answers that one value of the loss is about."""
-        of = OBJECTIVES[self.loss].of
-        return self.on_policy.n if of == "lists" and self.on_policy else 2 if of == "pairs" else 1
+        sampled = self.on_policy.n if self.on_policy else 0
+        return {"answers": 1, "pairs": 2, "triples": 3, "lists": sampled}[OBJECTIVES[self.loss].of]
 
     @property
     def parameters(self) -> dict[str, Any]:
         """What its loss reads."""
         return {name: getattr(self, name) for name in OBJECTIVES[self.loss].parameters(self.divergence)}
+
+
+class StepSampling(Rewarded, Sampling):
+    """Labels of steps from what becomes of them (Math-Shepherd, Wang et al., 2312.08935): the stage's starting model
+    writes solutions, and completes each of them from the end of each step; `rewards` say which come right."""
+
+    prompts: int = Field(ge=1, description="How many prompts to write solutions to before training.")
+    solutions: int = Field(4, ge=1, description="Solutions to each prompt.")
+    n: int = Field(8, ge=1, description="Completions from the end of each step.")
+    labels: Literal["soft", "hard"] = Field(
+        "soft", description="A step's label: the share of its completions that come right, or whether any does."
+    )
+
+    @model_validator(mode="after")
+    def _completions_differ(self) -> StepSampling:
+        if self.temperature == 0:
+            raise Misfit((("temperature",), GREEDY_GROUP))
+        return self
 
 
 class ScoringStage(StageBase):
@@ -280,6 +299,9 @@ class ProcessRewardModel(ScoringStage):
 
     kind: Literal["process_reward_model"] = Field(description="The method.")
     separator: str = Field("\n", min_length=1, description="What stands between two steps of an answer.")
+    rollouts: StepSampling | None = Field(
+        None, description="Sample solutions and label their steps; without it the data must hold labelled steps."
+    )
 
 
 class Endpoint(Block):

@@ -63,7 +63,7 @@ class Judged:
     """What one value of the loss is about: answers to one prompt, and what was said of them."""
 
     rows: tuple[Row, ...]
-    """A better and a worse one; all of a list, the best first; or a single one."""
+    """A better and a worse one, perhaps with a third to learn as it stands; a list, the best first; or a single one."""
     rewards: tuple[float, ...]
     """What each is worth, where only their order counts in pairs; 1 and 0 for a label; NaN where it is not known."""
     sample: dict[str, Any]
@@ -86,7 +86,7 @@ FUNCTIONS: dict[Loss, Callable[..., Tensor]] = {
     "dpo": logistic, "dpo_norm": logistic, "hinge": hinge, "ipo": ipo, "robust": robust, "exo": exo, "nca": nca,
     "bco": bco, "sppo": sppo, "aot": logistic, "aot_paired": logistic, "apo_zero": apo_zero, "apo_down": apo_down,
     "discopop": discopop, "cpo": logistic, "simpo": logistic, "alphapo": logistic, "orpo": _orpo,
-    "rrhf": rrhf, "pro": pro, "lipo": _lipo,
+    "tpo": logistic, "rrhf": rrhf, "pro": pro, "lipo": _lipo,
     "kto": kto, "apo_zero_unpaired": apo_zero_unpaired, "bco_unpaired": bco_unpaired,
 }  # fmt: skip
 """Of the scores of both sides; of scores and rewards [P, K]; or of scores and labels."""
@@ -123,6 +123,8 @@ class PreferenceMethod(LogProbs):
         self.order = draws(stage, self.judged, [data.weights[s] for s in some], seed)
         self.objective, self.function = OBJECTIVES[stage.loss], FUNCTIONS[stage.loss]
         self.own = {name: value for name, value in stage.parameters.items() if name in OWN}
+        self.best = 2 if self.objective.of == "triples" else 0
+        """Which of its answers the NLL is of."""
         self.means: dict[int, float] = {}
         """Of unpaired BCO: the mean of all scores up to the step before this one, and with this one's."""
 
@@ -130,9 +132,8 @@ class PreferenceMethod(LogProbs):
         size = self.stage.batch_size
         self.now = [self.judged[s][i] for s, i in self.order[step * size : (step + 1) * size]]
         rows = tuple(row for item in self.now for row in item.rows)
-        # The only loss per token is the NLL of the best answers.
-        best = sum(sum(item.rows[0].target) for item in self.now)
         K = self.stage.width
+        best = sum(sum(item.rows[self.best].target) for item in self.now)  # the NLL's tokens, the only loss per token
         units = tuple(tuple(range(i, i + K)) for i in range(0, len(rows), K))
         self.whole = self._whole_step(step, rows) if self.objective.whole_step else ()
         counts = Counts(tokens=best, sequences=len(rows), pairs=len(self.now))
@@ -168,7 +169,7 @@ class PreferenceMethod(LogProbs):
             loss_P = loss_P * weight_R.view(-1, K).prod(1)
         loss = reduce_pairs(loss_P, counts)
         if stage.nll_weight:
-            is_best_T = target_T & (sequence_T % K == 0)
+            is_best_T = target_T & (sequence_T % K == self.best)
             loss = loss + stage.nll_weight * reduce_tokens(nll(logps_T), is_best_T, counts)
         whole_R = _sums(logps_T.detach(), target_T, sequence_T, R, None)
         return loss, self._metrics(scores_PK.detach(), whole_R.view(-1, K), items, counts)
@@ -198,7 +199,7 @@ class PreferenceMethod(LogProbs):
             return self.function(scores_PK, rewards_PK, **own)
         if self.objective.of == "answers":
             return self.function(scores_PK[:, 0], rewards_PK[:, 0] > 0.5, *whole, **own)
-        chosen_P, rejected_P = scores_PK.unbind(1)
+        chosen_P, rejected_P = scores_PK[:, 0], scores_PK[:, 1]
         if self.stage.loss == "aot_paired":
             return self.function(chosen_P - rejected_P, whole[0][at_P], **own)
         if self.stage.loss == "aot":
@@ -318,7 +319,8 @@ def _mismatched(policy: Policy, stage: Preference, made: list[list[Judged]], see
 def judged_on_policy(
     stage: Preference, data: Prepared, sampler: Sampler, score: Scorer, seed: int
 ) -> tuple[list[list[Judged]], Ledger, dict[str, float]]:
-    """What the policy writes itself: of each prompt's answers a best and a worst, or all of them in their order.
+    """What the policy writes itself: of each prompt's answers a best and a worst (and the data's own, for a triple), or
+    all of them in their order.
 
     Token ids are kept as sampled. A prompt whose answers all score alike gives nothing.
 
@@ -346,8 +348,10 @@ def judged_on_policy(
             "outcome": scores[best].outcome,
             "rejected": rollouts[worst].text,
         }
-        source = order[rollouts[best].group][0]
+        source, i = order[rollouts[best].group]
         rows, rewards = tuple(as_row(rollouts[i]) for i in members), tuple(values[i] for i in members)
+        if of == "triples":
+            rows, rewards = (*rows, chosen(data.rows[source][i])), (*rewards, math.nan)
         made[source].append(Judged(rows, rewards, sample))
     if not any(made):
         raise UserError(
