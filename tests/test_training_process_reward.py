@@ -19,6 +19,7 @@ from tiny_runs import RENDERER, rows_of, turn
 from torch import Tensor
 
 from posttrain.cli import main
+from posttrain.data.chat import Rendered
 from posttrain.data.prepare import Prepared, prepare
 from posttrain.data.steps import solution, step_ends
 from posttrain.forest import pack, unrolled_hidden_states
@@ -26,10 +27,18 @@ from posttrain.models.policy import Policy
 from posttrain.models.reward import marked, reward_model
 from posttrain.recipe.load import parse
 from posttrain.recipe.schema import Data, Lora, ProcessRewardModel
-from posttrain.records import Example, UserError
+from posttrain.records import Example, Score, UserError
+from posttrain.sampling.local import LocalSampler
 from posttrain.training.batch import Batch
 from posttrain.training.loop import train
-from posttrain.training.process_reward import ProcessRewardMethod, labels, verdicts
+from posttrain.training.process_reward import (
+    ProcessRewardMethod,
+    labelled_solutions,
+    labels,
+    read_solutions,
+    verdicts,
+    write_solutions,
+)
 from posttrain.training.reward import ends, hold_out
 
 SEED = 3
@@ -215,3 +224,78 @@ def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert watched["held-out steps"]["limit"] == pytest.approx(held["chance"])
     assert "held-out steps" in (out / "report.html").read_text()
     assert all(math.isfinite(row["said_good"]) for row in rows_of(out / "stages/steps/metrics.jsonl"))
+
+
+# Labels from rollouts
+
+
+def sampling_stage(**rollouts: Any) -> ProcessRewardModel:
+    own = {"prompts": 4, "solutions": 3, "n": 4, "max_new_tokens": 12, **rollouts}
+    return stage_of(separator=" ", holdout=0, rollouts=own)
+
+
+def prompts() -> Prepared:
+    examples = [Example(f"q:{i}", (turn("user", f"Why {i}?"),)) for i in range(4)]
+    return Prepared((tuple(Rendered(e, RENDERER.prompt_ids(e)) for e in examples),), (1.0,), {})
+
+
+def even(rollouts: Any) -> list[Score]:
+    """A toy verifier that a random model pleases half of the time."""
+    right = [sum(r.ids) % 2 == 0 for r in rollouts]
+    return [Score(float(x), "correct" if x else "wrong") for x in right]
+
+
+def test_sampled_solutions_are_labelled_on_their_own_ids(tmp_path: Path) -> None:
+    policy = tiny_policy()
+    made, ledger, facts = labelled_solutions(
+        sampling_stage(), prompts(), LocalSampler(policy, RENDERER), even, RENDERER, SEED
+    )
+    rows = made.rows[0]
+    assert facts["steps"] == sum(len(labels(row)) for row in rows)
+    assert 0 < facts["good"] < 1
+    assert any(0 < label < 1 for row in rows for label in labels(row))
+    for row in rows:
+        assert row.prompt_ids == RENDERER.prompt_ids(Example("", row.example.prompt))
+        ends_of = step_ends(row.completion_ids, RENDERER.decode, " ")
+        assert [i for i, target in enumerate(row.completion_target) if target] == list(ends_of)
+        assert labels(row)[-1] == float(sum(row.completion_ids) % 2 == 0)
+    first = sum(len(row.completion_ids) for row in rows)
+    assert ledger.generated_tokens > first
+    write_solutions(tmp_path / "s.jsonl", made)
+    again = read_solutions(tmp_path / "s.jsonl", {})
+    kept = [(r.prompt_ids, r.completion_ids, r.completion_target, labels(r)) for r in rows]
+    assert [(r.prompt_ids, r.completion_ids, r.completion_target, labels(r)) for r in again.rows[0]] == kept
+    ProcessRewardMethod(sampling_stage(), again, SEED).batch(0)
+
+
+def test_labels_that_are_all_the_same_teach_nothing() -> None:
+    sampler = LocalSampler(tiny_policy(), RENDERER)
+    with pytest.raises(UserError, match=r"all \d+ steps have the label 0 after 4 prompts"):
+        labelled_solutions(
+            sampling_stage(), prompts(), sampler, lambda rs: [Score(0.0, "wrong")] * len(rs), RENDERER, SEED
+        )
+    with pytest.raises(UserError, match="no step could be labelled"):
+        labelled_solutions(
+            sampling_stage(), prompts(), sampler, lambda rs: [Score(None, "error")] * len(rs), RENDERER, SEED
+        )
+
+
+def test_a_whole_run_on_rollouts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The answers of the toy task are what a random model says now and then: anything with an `e`."""
+    tiny_policy().save(tmp_path / "model")
+    (tmp_path / "q.jsonl").write_text("\n".join(json.dumps({"prompt": f"{i}?", "completion": "e"}) for i in range(12)))
+    reward = {"kind": "regex", "pattern": "(?s).*[a-m].*", "example": "e"}
+    own = {"prompts": 12, "solutions": 2, "n": 2, "max_new_tokens": 8, "rewards": [reward]}
+    stage = {"id": "steps", "kind": "process_reward_model", "steps": 3, "batch_size": 4, "holdout": 0.25}
+    stage |= {"data": {"sources": [{"source": "q.jsonl"}]}, "separator": "e", "rollouts": own}
+    recipe = {"schema": 1, "name": "x", "model": {"source": str(tmp_path / "model"), "adapter": {"r": 4}}}
+    path, out = tmp_path / "r.yaml", tmp_path / "out"
+    path.write_text(yaml.safe_dump(recipe | {"stages": [stage]}))
+    assert main(["run", str(path), "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["stages"][0]["generated_tokens"] == 12 * 2 * 8
+    assert main(["run", str(path), "--out", str(out)]) == 0
+    record = json.loads((out / "stages/steps/stage.json").read_text())
+    assert record["facts"]["prompts"] == 12
+    assert record["ledger"]["generated_tokens"] > 0
+    assert record["facts"]["held_out"]["of"] == "steps"
+    assert (out / "stages/steps/solutions.jsonl").is_file()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from posttrain.data.chat import Rendered, Renderer
 from posttrain.data.shapes import Malformed
@@ -49,11 +50,33 @@ def solution(example: Example, renderer: Renderer, separator: str = SEPARATOR) -
     steps = [str(turn["content"]).strip() for turn in example.completion]
     answer = {"role": "assistant", "content": separator.join(steps)}
     (rendered,) = renderer.render(dataclasses.replace(example, completion=(answer,), rejected=()))
-    ends = step_ends(rendered.completion_ids, renderer.decode, separator)
-    if len(set(ends)) != len(steps):
+    found = at_steps(example, rendered.prompt_ids, rendered.completion_ids, renderer.decode, separator)
+    if found is None:
         whole = next((i for i, step in enumerate(steps) if len(split_steps(step, separator)) != 1), None)
         why = "two of them end in one token" if whole is None else f"completions[{whole}] holds the separator"
-        raise Malformed(f"its {len(steps)} steps cannot be told apart: {why}; set another `separator` than {separator!r}")
+        raise Malformed(
+            f"its {len(steps)} steps cannot be told apart: {why}; set another `separator` than {separator!r}"
+        )
+    return (found,)
+
+
+def at_steps(
+    example: Example,
+    prompt_ids: tuple[int, ...],
+    ids: tuple[int, ...],
+    decode: Callable[[Sequence[int]], str],
+    separator: str = SEPARATOR,
+) -> Rendered | None:
+    """The answer `ids` with a target at the last token of each step that `example` has a label for; None where the
+    steps of the two are not the same in number, or two end with one token."""
+    ends = step_ends(ids, decode, separator)
+    if not len(set(ends)) == len(ends) == len(example.step_labels):
+        return None
     labelled = {end for end, label in zip(ends, example.step_labels, strict=True) if label is not None}
-    target = tuple(i in labelled for i in range(len(rendered.completion_ids)))
-    return (dataclasses.replace(rendered, example=example, completion_target=target),)
+    return Rendered(example, prompt_ids, ids, tuple(i in labelled for i in range(len(ids))))
+
+
+def as_row(example: Example) -> dict[str, Any]:
+    """A solution in labelled steps as a row of the shape `step_labels`."""
+    steps = [turn["content"] for turn in example.completion]
+    return {"prompt": list(example.prompt), "completions": steps, "labels": list(example.step_labels)}

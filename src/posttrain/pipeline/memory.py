@@ -14,7 +14,7 @@ from posttrain.forest.attention import decoder
 from posttrain.machine import own_memory
 from posttrain.models.memory import Pass, measure_forward, measure_pass
 from posttrain.models.policy import Policy
-from posttrain.recipe.schema import Preference, Rl, Sampling, ScoringStage, Stage
+from posttrain.recipe.schema import Preference, ProcessRewardModel, Rl, Sampling, ScoringStage, Stage
 from posttrain.records import UserError
 from posttrain.sampling import local
 from posttrain.sampling.choose import cut
@@ -163,6 +163,8 @@ def _batches(stage: Stage, data: Prepared, seed: int) -> list[list[tuple[Row, ..
                 units += [(_sampled(item.prompt_ids, stage.sampling, k),) for k in range(stage.n)]
             elif isinstance(stage, Preference) and stage.on_policy:
                 units.append(tuple(_sampled(item.prompt_ids, stage.on_policy, k) for k in range(stage.width)))
+            elif isinstance(stage, ProcessRewardModel) and stage.rollouts and not item.completion_ids:
+                units.append((_sampled(item.prompt_ids, stage.rollouts, 0),))
             elif item.rejected_ids:
                 units.append((chosen(item), rejected(item)))
             else:
@@ -182,6 +184,8 @@ def _sampling(stage: Stage, data: Prepared, model: nn.Module) -> Terms:
         prompts, n, sampling = stage.batch_size, stage.n, stage.sampling
     elif isinstance(stage, Preference) and stage.on_policy:
         prompts, n, sampling = stage.on_policy.prompts, stage.on_policy.n, stage.on_policy
+    elif isinstance(stage, ProcessRewardModel) and stage.rollouts:
+        prompts, n, sampling = stage.rollouts.prompts, stage.rollouts.solutions, stage.rollouts
     else:
         return {}
     ids = sorted((r.prompt_ids for rows in data.rows for r in rows), key=len)[-prompts:]

@@ -55,7 +55,13 @@ from posttrain.training.preference import (
     referred,
     write_judged,
 )
-from posttrain.training.process_reward import ProcessRewardMethod, verdicts
+from posttrain.training.process_reward import (
+    ProcessRewardMethod,
+    labelled_solutions,
+    read_solutions,
+    verdicts,
+    write_solutions,
+)
 from posttrain.training.reward import RewardMethod, ends, hold_out, preferred
 from posttrain.training.sft import SftMethod
 from posttrain.training.world import ALONE, World
@@ -145,6 +151,10 @@ def run_stage(job: Job, say: Say, trainer: Trainer = train_here) -> None:
         say.line(f"{stage.id}: {note}")
 
     held: list[Rendered] = []
+    before = Ledger()
+    made: dict[str, Any] = {}
+    if isinstance(stage, ProcessRewardModel) and stage.rollouts:
+        data, before, made = _labelled(stage, data, start, folder, seed)
     if isinstance(stage, ScoringStage):
         head = ends(data), derive(seed, stage.id, "head")
         start = reward_model(start, *head)
@@ -160,6 +170,7 @@ def run_stage(job: Job, say: Say, trainer: Trainer = train_here) -> None:
     artifact = start.save(folder / "artifact")
     if held:
         facts |= {"held_out": _held_out(start.model, held, stage)}
+    ledger, facts = before + ledger, made | facts
     finished = time.time()
     record |= {
         "artifact": {"kind": artifact.kind, "path": "artifact", "digest": artifact.digest},
@@ -191,7 +202,25 @@ def _rewarded(stage: StageBase) -> Rewarded | None:
     """The block that says what answers to the stage's prompts are worth, where it samples them."""
     if isinstance(stage, Preference):
         return stage.on_policy
+    if isinstance(stage, ProcessRewardModel):
+        return stage.rollouts
     return stage if isinstance(stage, Rewarded) else None
+
+
+def _labelled(
+    stage: ProcessRewardModel, data: Prepared, start: Policy, folder: Path, seed: int
+) -> tuple[Prepared, Ledger, dict[str, Any]]:
+    """The labelled solutions that the stage samples, what they cost, and what is worth recording of them."""
+    kept, cost = folder / "solutions.jsonl", folder / "solutions.json"
+    if not cost.is_file():
+        renderer = Renderer(start.tokenizer, system=stage.data.system)
+        sampler, scorer = LocalSampler(start, renderer), _scorer(stage, data, start)
+        with enough_memory("while solutions were sampled", FEWER):
+            solutions, ledger, facts = labelled_solutions(stage, data, sampler, scorer, renderer, seed)
+        write_solutions(kept, solutions)
+        write_json(cost, {"ledger": asdict(ledger), "facts": facts})
+    made = read_json(cost)
+    return read_solutions(kept, data.report), Ledger(**made["ledger"]), made["facts"]
 
 
 def _held_out(model: nn.Module, held: list[Rendered], stage: ScoringStage) -> dict[str, Any]:

@@ -87,8 +87,9 @@ def resolved(recipe: Recipe, base: Path) -> Recipe:
             update["reference"] = stage.reference.model_copy(update={"source": source})
         if isinstance(stage, Rewarded):
             update["rewards"] = in_rewards(stage)
-        if isinstance(own := getattr(stage, "on_policy", None), Rewarded):
-            update["on_policy"] = own.model_copy(update={"rewards": in_rewards(own)})
+        for name in ("on_policy", "rollouts"):
+            if isinstance(own := getattr(stage, name, None), Rewarded):
+                update[name] = own.model_copy(update={"rewards": in_rewards(own)})
         return stage.model_copy(update=update)
 
     def in_evals(evals: Evals) -> Evals:

@@ -102,7 +102,7 @@ def label_steps(
         sampler: draws from the model that completes; `renderer` is that model's, and its own.
 
     Returns:
-        An example for each solution that has a labelled step, `completion` holding its steps; and what sampling cost.
+        An example for each solution, `completion` holding its steps; and what sampling cost.
     """
     ends = [step_ends(solution.ids, renderer.decode, separator) for solution in solutions]
     begun = [(s, end + 1) for s, those in enumerate(ends) for end in those[:-1]]
@@ -119,10 +119,9 @@ def label_steps(
     for s, solution in enumerate(solutions):
         labels = [_label(next(after), hard) for _ in ends[s][:-1]]
         labels += [_label([scores[s]], hard) for _ in ends[s][-1:]]
-        if any(label is not None for label in labels):
-            steps = split_steps(renderer.decode(solution.ids), separator)
-            completion = tuple({"role": "assistant", "content": step} for step in steps)
-            examples.append(replace(solution.example, completion=completion, step_labels=tuple(labels)))
+        steps = split_steps(renderer.decode(solution.ids), separator)
+        completion = tuple({"role": "assistant", "content": step} for step in steps)
+        examples.append(replace(solution.example, completion=completion, step_labels=tuple(labels)))
     return examples, ledger
 
 
