@@ -35,7 +35,7 @@ from posttrain.data.chat import Renderer
 from posttrain.data.prepare import prepare
 from posttrain.forest import split
 from posttrain.losses import listwise
-from posttrain.models.policy import Policy
+from posttrain.models.policy import Policy, outline
 from posttrain.monitors.checks import watch_stage
 from posttrain.pipeline.stages import need
 from posttrain.recipe.objectives import OBJECTIVES, Loss
@@ -51,6 +51,7 @@ from posttrain.training.preference import (
     judged_on_policy,
     read_judged,
     referred,
+    second_model,
     write_judged,
 )
 
@@ -373,6 +374,8 @@ def test_a_reference_that_reads_other_tokens_is_refused(tmp_path):
     judged = judged_from_data(policy, stage, prepared(paired()), SEED)
     with pytest.raises(UserError, match=r"not the policy's vocabulary.*1 are not the same \('zebra' is nothing here"):
         referred(policy, stage, judged)
+    with pytest.raises(UserError, match="not the policy's vocabulary"):  # told before anything slow, from its outline
+        second_model(policy, stage, outline)
 
 
 def test_kto_reads_each_prompt_with_the_answer_to_another_one():

@@ -13,13 +13,14 @@ from posttrain.forest import Row, hidden_states, pack, split, token_logprobs, to
 from posttrain.forest.attention import decoder
 from posttrain.machine import own_memory
 from posttrain.models.memory import Pass, measure_forward, measure_pass
-from posttrain.models.policy import Policy
+from posttrain.models.policy import Policy, outline
 from posttrain.recipe.schema import Preference, ProcessRewardModel, Rl, Sampling, ScoringStage, Stage
 from posttrain.records import UserError
 from posttrain.sampling import local
 from posttrain.sampling.choose import cut
 from posttrain.sampling.grid import BLOCK
 from posttrain.training.batch import chosen, draws, interval, rejected
+from posttrain.training.preference import second_model
 
 SMALLEST = 64
 """Tokens of a pass below which a budget is not lowered: it then costs much time and saves little."""
@@ -66,7 +67,11 @@ def stage_memory(stage: Stage, data: Prepared, policy: Policy, seed: int) -> Ter
         said = str(error).partition("\n")[0]
         raise Unpredicted(f"{type(decoder(policy.model)).__name__} does not run without values ({said})") from error
     training = {"gradients": step.gradients, "activations": step.activations, "work": step.work}
-    terms |= training if step.peak >= sum(sampling.values()) else sampling
+    phases = [training, sampling]
+    if isinstance(stage, Preference) and stage.reference is not None:
+        other = second_model(policy, stage, outline)
+        phases.append({"reference": sum(p.nbytes for p in other.model.parameters())})
+    terms |= max(phases, key=lambda phase: sum(phase.values()))
     holes = sum(share * terms.get(name, 0) for name, share in HOLES.items())
     return terms | {"allocator": UNUSED + round(holes)}
 

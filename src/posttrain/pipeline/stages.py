@@ -18,7 +18,7 @@ from posttrain.data.prepare import Need, Prepared, prepare, prompted
 from posttrain.data.steps import solution
 from posttrain.evals.stats import wilson
 from posttrain.machine import peak_memory
-from posttrain.models.policy import Policy
+from posttrain.models.policy import Policy, outline
 from posttrain.models.reward import fitting, reward_model
 from posttrain.pipeline.folder import digest, read_json, write_json
 from posttrain.pipeline.memory import fit
@@ -53,6 +53,7 @@ from posttrain.training.preference import (
     judged_on_policy,
     read_judged,
     referred,
+    second_model,
     write_judged,
 )
 from posttrain.training.process_reward import (
@@ -110,13 +111,15 @@ def stage_data(stage: StageBase, policy: Policy, held_out: frozenset[str]) -> Pr
     """The stage's rows, rendered for `policy` and the models made from it.
 
     Raises:
-        UserError: the data cannot be used, a reward fails its proof on it, or no reward model can be
-            made of such a policy.
+        UserError: the data cannot be used, a reward fails its proof on it, no reward model can be made of such a
+            policy, or another model cannot be its reference.
     """
     renderer = Renderer(policy.tokenizer, system=stage.data.system)
     data = prepare(stage.data, renderer, need=need(stage), held_out=held_out, context=policy.context)
     if rewarded := _rewarded(stage):
         proven(rewarded.rewards, _by_task(data))
+    if isinstance(stage, Preference) and stage.reference is not None:
+        second_model(policy, stage, outline)
     if isinstance(stage, ScoringStage):
         hold_out(stage, data)
         fitting(policy, ends(data))

@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -380,7 +381,8 @@ def referred(
         return judged, {}
     model, facts = policy, {}
     if stage.reference is not None:
-        model = _reference(policy, stage)
+        model = second_model(policy, stage, partial(load, device=policy.model.device.type))
+        check_head(model.model)
         facts = {"reference": model.digest()}
     items = [item for part in judged for item in part]
     rows = [row for item in items for row in item.rows]
@@ -403,12 +405,15 @@ def _row_sums(rows: Sequence[Row], logps: Sequence[Sequence[float]], length_alph
     return [float(x) for x in _sums(logps_T, target_T, sequence_T, len(rows), length_alpha)]
 
 
-def _reference(policy: Policy, stage: Preference) -> Policy:
-    """The second model, in the precision and on the device of the policy."""
+def second_model(policy: Policy, stage: Preference, make: Callable[..., Policy]) -> Policy:
+    """The stage's reference where that is another model, in the policy's precision; `make` is `load` or `outline`.
+
+    Raises:
+        UserError: it cannot be had, or has another vocabulary.
+    """
     other = stage.reference
     assert other is not None
-    dtype = str(policy.model.dtype).removeprefix("torch.")
-    model = load(other.source, revision=other.revision, dtype=dtype, device=policy.model.device.type)
+    model = make(other.source, revision=other.revision, dtype=str(policy.model.dtype).removeprefix("torch."))
     ours, theirs = policy.tokenizer.get_vocab(), model.tokenizer.get_vocab()
     apart = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
     if apart:
@@ -418,7 +423,6 @@ def _reference(policy: Policy, stage: Preference) -> Policy:
             f"{len(ours)} tokens, and {len(apart)} are not the same ({apart[0]!r} is {' here and '.join(ids)} there); "
             "its log-probabilities would be of other text. Take a reference with the policy's own tokenizer"
         )
-    check_head(model.model)
     return model
 
 
