@@ -25,11 +25,6 @@ def test_by_hand():
     assert returns == pytest.approx([0.204, 0.46, 1.0], abs=1e-12)
 
 
-def test_an_episode_that_was_cut_off_goes_on_with_what_the_critic_expects():
-    """delta = 1 + 0.5 * 2 - 0.6."""
-    assert gae([1.0], [0.6], gamma=0.5, after=2.0)[0] == pytest.approx([1.4], abs=1e-12)
-
-
 @settings(max_examples=50, deadline=None)
 @given(episodes, st.floats(0, 1))
 def test_lambda_1_is_returns_minus_values_and_lambda_0_one_step(episode, gamma):

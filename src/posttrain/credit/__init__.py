@@ -4,6 +4,7 @@ from posttrain.credit.advantages import group_advantages
 from posttrain.credit.batch import Counted, Credited, as_row, groups
 from posttrain.credit.gae import gae
 from posttrain.credit.grpo import advantages, grpo
+from posttrain.credit.minillm import minillm
 from posttrain.credit.pairs import best_and_worst, pairs, rankings
 from posttrain.credit.reinforce import reinforce, whiten
 from posttrain.credit.rloo import leave_one_out, rloo
@@ -19,6 +20,7 @@ __all__ = [
     "groups",
     "grpo",
     "leave_one_out",
+    "minillm",
     "pairs",
     "rankings",
     "reinforce",

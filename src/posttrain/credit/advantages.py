@@ -22,16 +22,6 @@ def finite(rewards_PG: Tensor) -> Tensor:
     return rewards_PG.to(torch.promote_types(rewards_PG.dtype, torch.float32))
 
 
-def signal(rewards_PG: Tensor) -> Tensor:
-    """Boolean [P, G]: the scored completions (NaN is unscored) of groups whose scores are not all equal.
-
-    Compared rather than subtracted: the rounded mean of equal rewards may differ from them.
-    """
-    low_P = rewards_PG.nan_to_num(nan=torch.inf).amin(dim=1, keepdim=True)
-    high_P = rewards_PG.nan_to_num(nan=-torch.inf).amax(dim=1, keepdim=True)
-    return ~rewards_PG.isnan() & (low_P < high_P)
-
-
 def group_advantages(
     rewards_PG: Tensor, *, std: Literal["group", "batch", "none"] = "group", eps: float = 1e-4
 ) -> Tensor:
@@ -46,7 +36,11 @@ def group_advantages(
     scored_PG = ~rewards_PG.isnan()
     scored_P = scored_PG.sum(dim=1, keepdim=True)
     mean_P = rewards_PG.nansum(dim=1, keepdim=True) / scored_P.clamp(min=1)
-    centred_PG = (rewards_PG - mean_P).masked_fill(~signal(rewards_PG), 0.0)
+    # Compared rather than subtracted: the rounded mean of equal rewards may differ from them.
+    low_P = rewards_PG.nan_to_num(nan=torch.inf).amin(dim=1, keepdim=True)
+    high_P = rewards_PG.nan_to_num(nan=-torch.inf).amax(dim=1, keepdim=True)
+    signal_PG = scored_PG & (low_P < high_P)
+    centred_PG = (rewards_PG - mean_P).masked_fill(~signal_PG, 0.0)
     if std == "group":
         variance_P = centred_PG.square().sum(dim=1, keepdim=True) / (scored_P - 1).clamp(min=1)
         return centred_PG / (variance_P.sqrt() + eps)

@@ -6,21 +6,19 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from posttrain.credit.advantages import finite, signal
+from posttrain.credit.advantages import group_advantages
 from posttrain.credit.batch import Credited, by_token, compared, credited
 from posttrain.records import Rollout, Score
 
 
 def leave_one_out(rewards_PG: Tensor) -> Tensor:
-    """`advantages_PG` of RLOO (Ahmadian et al., 2402.14740): reward minus the mean reward of the group's others.
+    """`advantages_PG` of RLOO (Ahmadian et al., 2402.14740): reward minus the mean reward of the group's others, which
+    is reward minus the group's mean, times n / (n - 1).
 
-    NaN is unscored: it is nobody's other and gets 0, as does a group with fewer than two scored completions, or whose
-    scores are all equal.
+    NaN is unscored: it is nobody's other and gets 0, as do groups without signal (`group_advantages`).
     """
-    rewards_PG = finite(rewards_PG)
-    others_P = (~rewards_PG.isnan()).sum(1, keepdim=True) - 1
-    mean_PG = (rewards_PG.nansum(1, keepdim=True) - rewards_PG) / others_P.clamp(min=1)
-    return (rewards_PG - mean_PG).masked_fill(~signal(rewards_PG), 0.0)
+    scored_P = (~rewards_PG.isnan()).sum(1, keepdim=True)
+    return group_advantages(rewards_PG, std="none") * scored_P / (scored_P - 1).clamp(min=1)
 
 
 def rloo(rollouts: Sequence[Rollout], scores: Sequence[Score]) -> Credited:

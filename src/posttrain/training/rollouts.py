@@ -226,9 +226,9 @@ class RolloutMethod(LogProbs):
         if stage.curriculum == 1:
             return candidates
 
-        def from_half(slot: Slot) -> float:
+        def from_half(slot: Slot) -> tuple[bool, float]:
             right, tried = self.solved.get(slot, (0, 0))
-            return abs((right + 1) / (tried + 2) - 0.5)
+            return tried > 0, abs((right + 1) / (tried + 2) - 0.5)  # a share of few answers is uncertain
 
         return [*sorted(dict.fromkeys(candidates), key=from_half), *candidates][: stage.batch_size]
 
