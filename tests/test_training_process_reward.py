@@ -284,7 +284,7 @@ def test_a_whole_run_on_rollouts(tmp_path: Path, capsys: pytest.CaptureFixture[s
     """The answers of the toy task are what a random model says now and then: anything with an `e`."""
     tiny_policy().save(tmp_path / "model")
     (tmp_path / "q.jsonl").write_text("\n".join(json.dumps({"prompt": f"{i}?", "completion": "e"}) for i in range(12)))
-    reward = {"kind": "regex", "pattern": "(?s).*[a-m].*", "example": "e"}
+    reward = {"kind": "regex", "pattern": "(?s).*e.*", "example": "e"}
     own = {"prompts": 12, "solutions": 2, "n": 2, "max_new_tokens": 8, "rewards": [reward]}
     stage = {"id": "steps", "kind": "process_reward_model", "steps": 3, "batch_size": 4, "holdout": 0.25}
     stage |= {"data": {"sources": [{"source": "q.jsonl"}]}, "separator": "e", "rollouts": own}
