@@ -21,7 +21,8 @@ def test_by_hand():
 
 @pytest.mark.parametrize("gamma", [0.0, 0.7, 1.0])
 def test_sums_are_those_of_gae_without_a_critic(gamma):
-    assert minillm(STUDENT, TEACHER, gamma=gamma, mean=False) == pytest.approx(gae(REWARDS, [0.0] * 3, gamma=gamma, lam=1.0)[0])
+    expected, _ = gae(REWARDS, [0.0] * 3, gamma=gamma, lam=1.0)
+    assert minillm(STUDENT, TEACHER, gamma=gamma, mean=False) == pytest.approx(expected)
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn():

@@ -53,7 +53,7 @@ def test_symmetric_at_one_half_and_bounded_by_log_2():
 
 
 def test_limits_are_the_two_divergences():
-    """beta KL(q || M) + (1 - beta) KL(p || M) goes as beta KL(q || p), and at the other end as (1 - beta) KL(p || q)."""
+    """Near 0 it goes as beta KL(q || p), near 1 as (1 - beta) KL(p || q)."""
     student_NV, teacher_NV, small = draw(0, 3, 7), draw(1, 3, 7), 1e-6
     forward_N = jsd(student_NV, teacher_NV, beta=small) / small
     reverse_N = jsd(student_NV, teacher_NV, beta=1 - small) / small

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from posttrain.losses import TABLE
+from posttrain.recipe.objectives import OBJECTIVES
 
 STOPPED = {"dft", "cispo", "vespo", "nash_md", "gspo_token"}
 """Their gradient is by construction not that of their value; each has its own test."""
@@ -179,3 +180,7 @@ def test_the_table_says_what_each_is_and_where_it_comes_from():
         assert entry.summary
         assert entry.paper
         assert len(f"{name}{entry.summary}{entry.paper}") < 120, f"{name}: keep it to a line"
+
+
+def test_the_recipe_speaks_of_the_same_losses():
+    assert {name: TABLE[name].paper for name in OBJECTIVES} == {name: o.paper for name, o in OBJECTIVES.items()}

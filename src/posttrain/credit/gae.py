@@ -13,8 +13,11 @@ def gae(
     delta_t = r_t + gamma V_t+1 - V_t; A_t = delta_t + gamma lam A_t+1; return_t = A_t + V_t. Nothing comes after the
     last token: V is 0 there, also where a completion was cut off, for its score is of what stands there.
     """
-    advantages, later, value = [0.0] * len(rewards), 0.0, 0.0
-    for t in reversed(range(len(rewards))):
-        later = rewards[t] + gamma * value - values[t] + gamma * lam * later
-        advantages[t], value = later, values[t]
+    advantages: list[float] = []
+    later = value = 0.0
+    for reward, expected in reversed(list(zip(rewards, values, strict=True))):
+        later = reward + gamma * value - expected + gamma * lam * later
+        advantages.append(later)
+        value = expected
+    advantages.reverse()
     return advantages, [a + v for a, v in zip(advantages, values, strict=True)]

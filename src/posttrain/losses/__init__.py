@@ -119,7 +119,7 @@ TABLE: dict[str, Entry] = {
     "dpo": Entry(logistic, "Logistic loss on summed log-ratios", "Rafailov et al., 2305.18290"),
     "cdpo": Entry(partial(logistic, label_smoothing=0.1), "DPO that takes a share of labels for flipped", "Mitchell 2023"),
     "robust": Entry(robust, "DPO, unbiased under a share of flipped labels", "Chowdhury et al., 2403.00409"),
-    "hinge": Entry(hinge, "Hinge on summed log-ratios", "Zhao et al., 2305.10425"),
+    "hinge": Entry(hinge, "Hinge on summed log-ratios", "Zhao et al., 2305.10425; Liu et al., 2309.06657"),
     "ipo": Entry(ipo, "A margin to reach, on means of log-ratios", "Azar et al., 2310.12036"),
     "exo": Entry(exo, "Reverse KL to the labels, on summed log-ratios", "Ji et al., 2402.00856"),
     "nca": Entry(nca, "Noise contrast of each side with the reference", "Chen et al., 2402.05369"),
@@ -130,7 +130,7 @@ TABLE: dict[str, Entry] = {
     "apo_zero": Entry(apo_zero, "Anchored: chosen up, rejected down", "D'Oosterlinck et al., 2408.06266"),
     "apo_down": Entry(apo_down, "Anchored: both down, rejected more", "D'Oosterlinck et al., 2408.06266"),
     "discopop": Entry(discopop, "Logistic and exponential, mixed by the margin", "Lu et al., 2406.08414"),
-    "sigmoid_norm": Entry(logistic, "Logistic loss on means of log-ratios", "Lambert et al., 2411.15124"),
+    "dpo_norm": Entry(logistic, "Logistic loss on means of log-ratios", "Lambert et al., 2411.15124"),
     "ld_dpo": Entry(
         partial(desensitised, alpha=0.5), "Scores of DPO with less weight on surplus length", "Liu et al., 2409.06411"
     ),

@@ -78,7 +78,7 @@ def aot(chosen_P: Tensor, rejected_P: Tensor, *, beta: float = 0.1, label_smooth
     as a distribution, what rejected ones do. Both are sorted, so a value has no pair of its own.
 
     The paired form is this with the margins of the policy as chosen and those of the reference as rejected. The loss
-    depends on which pairs stand together: sorted over those of one micro-batch, as in TRL.
+    depends on which pairs stand together; TRL sorts those of a micro-batch.
     """
     return logistic(chosen_P.sort().values, rejected_P.sort().values, beta=beta, label_smoothing=label_smoothing)
 
