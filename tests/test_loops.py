@@ -128,7 +128,7 @@ def test_grpo(repo_root, tmp_path, fresh):
     configured, flat = fresh(), pt.Policy.of(fresh())
     stage = Grpo(id="grpo", kind="grpo", n=4, sampling=Sampling(max_new_tokens=12), clip_high=0.28, **COMMON)
     renderer, data = prepared(configured, "prompt")
-    method = GrpoMethod(stage, data, configured, LocalSampler(configured, renderer), by_letters, SEED)
+    method = GrpoMethod(stage, data, configured, LocalSampler(configured, renderer), Letters().score, SEED)
     batches = [[r.example for r in batch] for batch in ordered(method.order, data.rows)]
     steps = list(script(repo_root, "grpo").train(flat, Letters(), batches, stage.n, LR, SEED))
     assert_same(configured, method, stage, tmp_path, flat, [loss for loss, _ in steps])
