@@ -173,13 +173,15 @@ def tournament(judge: PairJudge) -> Scorer:
     def score(rollouts: Sequence[Rollout]) -> list[Score]:
         pairs = [(a, b) for group in groups(rollouts) for k, a in enumerate(group) for b in group[k + 1 :]]
         verdicts = judge([(rollouts[a], rollouts[b]) for a, b in pairs])
+        bias = judge.bias()
+        told = f"{bias.turned:.0%} of pairs turned with their order" if bias else ""
         won: list[list[float]] = [[] for _ in rollouts]
         for (a, b), verdict in zip(pairs, verdicts, strict=True):
             if verdict.first is not None:
                 won[a].append(verdict.first)
                 won[b].append(1 - verdict.first)
         return [
-            graded(fmean(of), 0.5, f"of {len(of)} comparisons")
+            graded(fmean(of), 0.5, f"of {len(of)} comparisons; {told}")
             if of
             else Score(None, "unparsed", why="no comparison with another answer of its group could be read")
             for of in won
