@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,7 +119,35 @@ def objectives_table() -> str:
     )
 
 
-REFERENCE = {"keys": keys_table, "objectives": objectives_table, "shapes": shapes_table}
+def rewards_table() -> str:
+    from posttrain.rewards import TABLE
+
+    return _table(("reward", "what it says", "source"), ((f"`{n}`", e.summary, e.paper) for n, e in TABLE.items()))
+
+
+def checks_table() -> str:
+    from posttrain.rewards.instructions import CHECKS
+
+    rows = ((f"`{name}`", ", ".join(signature(check.good).parameters)) for name, check in CHECKS.items())
+    return _table(("check of `instructions`", "settings"), rows)
+
+
+def tasks_table() -> str:
+    rows = json.loads((ROOT / "docs" / "measured" / "tasks.json").read_text(encoding="utf-8"))["rows"]
+    good = ", ".join(f"`{row['task']}`" for row in rows if row["holds"])
+    bad = [(f"`{row['task']}`", row["why"].replace("|", r"\|")) for row in rows if not row["holds"]]
+    lines = f"{len(rows) - len(bad)} of {len(rows)} hold on {rows[0]['items']} items: {good}.\n\n"
+    return lines + _table(("task that does not", "why"), bad)
+
+
+REFERENCE = {
+    "keys": keys_table,
+    "objectives": objectives_table,
+    "shapes": shapes_table,
+    "rewards": rewards_table,
+    "checks": checks_table,
+    "tasks": tasks_table,
+}
 WHOLE = {"engine": "the scripts of `make bench`"}
 """What a table of requirements names in place of many commands; the full table has them."""
 CONTENT = {

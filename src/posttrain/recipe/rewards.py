@@ -87,7 +87,7 @@ class InstructionsReward(RewardBase):
     kind: Literal["instructions"] = Field(description="The reward.")
     checks: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
-        description="Checks and their settings for every answer, such as `words: {at_least: 50}`; rows may name more.",
+        description="Checks and their settings for every answer, such as `punctuation:no_comma: {}`; rows may name more.",
     )
 
 

@@ -88,8 +88,8 @@ def words(text: str) -> list[str]:
 
 
 def sentences(text: str) -> list[str]:
-    """Split behind . ! ? and their like where white space or the end follows; what holds no word is no sentence."""
-    return [part for part in re.split(r"(?<=[.!?。！？])[\"'”’)\]]*(?:\s+|$)", text) if words(part)]
+    """Split behind . ! ? where white space or the end follows, and behind their wide forms; what holds no word is none."""
+    return [part for part in re.split(r"(?<=[.!?])[\"'”’)\]]*(?:\s+|$)|(?<=[。！？])", text) if words(part)]
 
 
 def parts(text: str, mark: str) -> list[str]:

@@ -74,31 +74,38 @@ def defines(code: str, name: str) -> bool:
     return re.search(rf"^(?:async\s+)?def\s+{re.escape(name)}\b|^{re.escape(name)}\s*=", code, re.MULTILINE) is not None
 
 
-# What it needs afterwards it takes hold of before the code under test can put something in its place.
+# What it needs afterwards it takes hold of before the code under test can put something in its place, and puts Python's
+# own functions back before the tests use them.
 _PROGRAM = '''
-import hashlib, json, os, sys
+import builtins, hashlib, json, os, sys
 
-def passes(code, tests, entry, read=os.read, write=os.write, leave=os._exit, sha256=hashlib.sha256, kind=type):
-    plain = (int, float, complex, bool, str, bytes, kind(None))
+def passes(code, tests, entry, run=exec, parse=compile, read=os.read, write=os.write, leave=os._exit,
+           sha256=hashlib.sha256, kind=type, put_back=vars(builtins).update, own=dict(vars(builtins)),
+           several=(list, tuple, set, frozenset, dict), plain=(int, float, complex, bool, str, bytes, type(None))):
 
-    def checked(value, depth=0):
-        if kind(value) in (list, tuple, set, frozenset, dict) and depth < 50:
+    def checked(value):
+        if kind(value) in several:
             for part in value:
-                checked(part, depth + 1)
-            if kind(value) is dict:
-                for part in value.values():
-                    checked(part, depth + 1)
+                checked(part)
+                if kind(value) is several[-1]:
+                    checked(value[part])
         elif kind(value) not in plain:
             raise TypeError("%s returned an object of type %s" % (entry, kind(value).__name__))
         return value
 
+    def called(*args, **kwargs):
+        value = function(*args, **kwargs)
+        put_back(own)
+        return checked(value)
+
     sys.stdout = open(os.devnull, "w")
     space = {{"__name__": "answer"}}
-    exec(compile(code, "answer.py", "exec"), space)
+    run(parse(code, "answer.py", "exec"), space)
+    put_back(own)
     if entry:
         function = space[entry]
-        space[entry] = lambda *args, **kwargs: checked(function(*args, **kwargs))
-    exec(compile(tests, "tests.py", "exec"), space)
+        space[entry] = called
+    run(parse(tests, "tests.py", "exec"), space)
     write(1, sha256(read(0, 16) + b"passed").hexdigest().encode())
     leave(0)
 
