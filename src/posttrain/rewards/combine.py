@@ -77,7 +77,8 @@ def combined(parts: Sequence[Part], ensembles: Sequence[Ensemble] = ()) -> Score
             total += weight * values[term.name]
             shut = shut or (term.gate is not None and values[term.name] < term.gate)
         kept = values if len(scores) > 1 else {}
-        told = "; ".join(f"{name}: {got.why}" for name, got in scores.items() if got.why) if len(scores) > 1 else first.why
+        said = {name: got for name, got in scores.items() if got.why and (got.value is None or not unscored)}
+        told = "; ".join(f"{name}: {got.why}" for name, got in said.items()) if len(scores) > 1 else first.why
         if unscored:
             return Score(None, "error", first.extracted, told, kept)
         if shut:
