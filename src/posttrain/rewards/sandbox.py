@@ -59,7 +59,7 @@ def run(source: str, stdin: bytes = b"", limits: Limits = DEFAULT) -> Ran:
         home = Path(folder, "home")
         home.mkdir()
         program, out, err = (Path(folder, name) for name in ("program.py", "stdout", "stderr"))
-        program.write_text(source, encoding="utf-8", errors="surrogatepass")
+        program.write_text(source, encoding="utf-8", errors="replace")
         settings = {
             "program": str(program),
             "home": str(home),
@@ -111,7 +111,7 @@ def launch():
 
     settings = json.loads(sys.argv[1])
     sys.argv[:] = ["program.py"]
-    with open(settings["program"], encoding="utf-8", errors="surrogatepass") as file:
+    with open(settings["program"], encoding="utf-8") as file:
         source = file.read()
 
     if sys.platform == "linux":  # a network of its own, with nothing in it; often refused to those who are not root
