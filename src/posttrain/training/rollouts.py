@@ -272,15 +272,15 @@ class RolloutMethod(LogProbs):
         without a reference. Tells the mean KL."""
         if self.reference is None:
             return [[0.0] * len(logps) for logps in self.behaviour]
-        found, kls = [], []
-        for behaviour, reference in zip(self.behaviour, self.references, strict=True):
-            logps_T = torch.tensor(behaviour, dtype=torch.float64)
-            reference_T = logps_T if reference is None else torch.tensor(reference, dtype=torch.float64)
-            kl_T = kl(logps_T, reference_T, torch.ones(len(logps_T), dtype=torch.bool), self.stage.kl_estimator)
-            found.append((weight * kl_T).tolist())
-            kls += kl_T.tolist() if reference is not None else []
-        self.told["kl"] = sum(kls) / len(kls) if kls else math.nan
-        return found
+        flat = [x for logps in self.behaviour for x in logps]
+        known = [r if r is not None else b for b, r in zip(self.behaviour, self.references, strict=True)]
+        sampled_T = torch.tensor(flat, dtype=torch.float64)
+        reference_T = torch.tensor([x for logps in known for x in logps], dtype=torch.float64)
+        kl_T = kl(sampled_T, reference_T, torch.ones(len(flat), dtype=torch.bool), self.stage.kl_estimator)
+        scored = sum(len(logps) for logps in self.references if logps is not None)
+        self.told["kl"] = kl_T.sum().item() / scored if scored else math.nan
+        lengths = [len(logps) for logps in self.behaviour]
+        return [part.tolist() for part in (weight * kl_T).split(lengths)]
 
     # The loss
 
