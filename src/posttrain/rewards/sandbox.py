@@ -63,7 +63,6 @@ def run(source: str, stdin: bytes = b"", limits: Limits = DEFAULT) -> Ran:
         settings = {
             "program": str(program),
             "home": str(home),
-            "readable": [str(home), sys.prefix, sys.base_prefix, *filter(None, sys.path), "/usr/share/zoneinfo"],
             "seconds": int(limits.seconds) + 1,
             "memory": limits.memory_mb * 2**20,
             "output": limits.output_bytes,
@@ -144,14 +143,16 @@ def launch():
             except (ValueError, OSError):  # macOS knows no limit on address space
                 pass
 
-    home, readable = settings["home"], tuple(map(os.path.realpath, settings["readable"]))
+    home = os.path.realpath(settings["home"])
+    python = filter(None, [sys.prefix, sys.base_prefix, *sys.path, "/usr/share/zoneinfo"])
+    readable = (home, *map(os.path.realpath, python))
     refused = ("socket.", "subprocess.", "os.fork", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "os.kill",
                "os.setxattr", "pty.", "ctypes.", "signal.", "syslog.", "resource.", "gc.", "code.__new__",
                "sys._current_frames", "sys.setprofile", "sys.settrace", "fcntl.", "mmap.")
     changing = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod",
                 "os.chown", "os.utime", "shutil.")
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-    real, fsdecode, home, devices = os.path.realpath, os.fsdecode, os.path.realpath(home), ("/dev/null", "/dev/urandom")
+    real, fsdecode, devices = os.path.realpath, os.fsdecode, ("/dev/null", "/dev/urandom")
 
     def within(path, folders):
         path = real(fsdecode(path))
