@@ -7,7 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from posttrain.recipe.rewards import EnsembleReward, LengthReward, Reward
+from posttrain.recipe.rewards import (
+    EnsembleReward,
+    ImplicitReward,
+    JudgeReward,
+    LengthReward,
+    ModelReward,
+    ProcessReward,
+    Reward,
+)
 from posttrain.records import Example, Rollout, Score, UserError
 from posttrain.rewards.combine import Ensemble, Part, combined
 from posttrain.rewards.form import tagged
@@ -36,6 +44,7 @@ RULES: dict[str, Callable[[Any], Rule]] = {
     "python": python,
 }
 """Kind of reward to the rule that its block makes."""
+MODELS = ModelReward, ProcessReward, JudgeReward, ImplicitReward
 ASKED = 8
 """Examples on which a reward that is a model must prove itself: each costs it some ten answers."""
 
@@ -60,12 +69,12 @@ def build(
     def scorer(reward: Reward) -> Scorer:
         if isinstance(reward, LengthReward):
             return length(reward)
-        if reward.kind in RULES:
+        if not isinstance(reward, MODELS):
             return by_rule(reward, RULES[reward.kind](reward))
         from posttrain.rewards.learned import learned
         from posttrain.rewards.outrank import outranks
 
-        model = learned(reward, renderer, device)  # type: ignore[arg-type]
+        model = learned(reward, renderer, device)
         if failures := outranks(model, examples[:ASKED], renderer):
             listed = "\n  ".join(failures)
             raise UserError(f"reward {reward.name!r} can be fooled, so no model may train on it:\n  {listed}")
@@ -104,12 +113,12 @@ def lacking(rewards: Sequence[Reward]) -> Callable[[Example], str]:
     """
     rules = []
     for reward in rewards:
-        if reward.kind in RULES:
-            rules.append(RULES[reward.kind](reward))
-        elif not isinstance(reward, LengthReward | EnsembleReward):
+        if isinstance(reward, MODELS):
             from posttrain.rewards.learned import check
 
             check(reward)
+        elif reward.kind in RULES:
+            rules.append(RULES[reward.kind](reward))
     return lambda example: next(filter(None, (rule.lacks(example) for rule in rules)), "")
 
 
