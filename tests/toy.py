@@ -90,15 +90,15 @@ class ToySampler:
     def __call__(self, prompts: Sequence[Example], n: int, sampling: Sampling, seed: int) -> Any:
         model: Table = self.policy.model  # type: ignore[assignment]
         rng = torch.Generator().manual_seed(seed % 2**31)
-        until = model.probabilities().cumsum(0)
+        said = {ids: tuple(model.logps(ids)) for ids in model.completions}
+        until, digest = model.probabilities().cumsum(0), self.policy.digest()
         rollouts = []
         for group, example in enumerate(prompts):
             at = (torch.arange(n) + torch.rand(1, generator=rng, dtype=torch.float64)) / n * until[-1]
             for i in torch.searchsorted(until, at).clamp(max=len(until) - 1).tolist():
                 ids = model.completions[i]
-                finish = "stop" if ids[-1] == model.end else "length"
-                logps, digest = tuple(model.logps(ids)), self.policy.digest()
-                rollouts.append(Rollout(example, group, PROMPT, ids, logps, "", finish, digest))  # type: ignore[arg-type]
+                finish: Any = "stop" if ids[-1] == model.end else "length"
+                rollouts.append(Rollout(example, group, PROMPT, ids, said[ids], "", finish, digest))
         return rollouts, Ledger(generated_tokens=sum(len(r.ids) for r in rollouts))
 
 
