@@ -64,4 +64,7 @@ def test_reward_that_follows_length_is_told(follows, level):
 def test_a_stage_of_one_completion_a_prompt_has_no_groups():
     rows = [step({"1 to 8": 1}, {"1 to 8": 1.0})] * 2
     assert "groups with signal" not in named(watch_stage("a", "ppo", rows))
-    assert named(watch_stage("a", "grpo", [{**row, "signal": 0.1} for row in rows]))["groups with signal"]["level"] == "warn"
+    assert (
+        named(watch_stage("a", "grpo", [{**row, "signal": 0.1} for row in rows]))["groups with signal"]["level"]
+        == "warn"
+    )

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from toy import Ids, Table, ToyPolicy, ToySampler, learn, toy, toy_data, toy_scorer
 from torch import Tensor
+from toy import Ids, Table, ToyPolicy, ToySampler, learn, toy, toy_data, toy_scorer
 
 from posttrain.recipe.schema import Grpo, Ppo
 from posttrain.training.grpo import GrpoMethod

@@ -111,7 +111,8 @@ def grpo_loss(policy: Policy, reference: Policy, stage: Any, rollouts: Sequence[
     behaviour = [torch.tensor(r.logps, dtype=torch.float64) for r in rollouts]
     in_reward = stage.kl_weight if stage.kl_in == "reward" else 0.0
     penalties = [
-        (in_reward * estimate(stage.kl_estimator, b - ref)).tolist() for b, ref in zip(behaviour, references, strict=True)
+        (in_reward * estimate(stage.kl_estimator, b - ref)).tolist()
+        for b, ref in zip(behaviour, references, strict=True)
     ]
     advantages = worths(stage, rollouts, values, penalties)
     losses, first = [], not old
@@ -139,7 +140,9 @@ def grpo_loss(policy: Policy, reference: Policy, stage: Any, rollouts: Sequence[
         return torch.cat(losses).mean()
     if stage.aggregate == "sequence":
         return sum(x.mean() for x in losses) / len(losses)
-    return sum(x.sum() for x in losses) / len(losses) / (1 if stage.aggregate == "sum" else stage.sampling.max_new_tokens)
+    return (
+        sum(x.sum() for x in losses) / len(losses) / (1 if stage.aggregate == "sum" else stage.sampling.max_new_tokens)
+    )
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -228,7 +231,8 @@ def ppo_loss(policy: Policy, critic: Any, stage: Any, rollouts: Sequence[Rollout
         flat = torch.cat(advantages)
         kept["advantages"] = [(a - flat.mean()) / (flat.var() + 1e-8).sqrt() for a in advantages]
     policy_part, value_part = [], []
-    for pi, v, old, v0, A, ret in zip(pis, values, kept["old"], kept["values"], kept["advantages"], kept["returns"], strict=True):  # fmt: skip
+    names = ("old", "values", "advantages", "returns")
+    for pi, v, old, v0, A, ret in zip(pis, values, *(kept[name] for name in names), strict=True):
         w = (pi - old).exp()
         policy_part.append(torch.maximum(-A * w, -A * w.clamp(1 - stage.clip_low, 1 + stage.clip_high)))
         held = v0 + (v - v0).clamp(-stage.value_clip, stage.value_clip)
@@ -239,7 +243,14 @@ def ppo_loss(policy: Policy, critic: Any, stage: Any, rollouts: Sequence[Rollout
 def test_ppo_is_its_formula(tmp_path):
     """Two steps on one batch without a KL penalty; the critic begins away from 0, so that its gradient reaches the
     policy at once."""
-    settings = {"kl_weight": 0.0, "kl_target": None, "minibatches": 1, "gamma": 0.9, "gae_lambda": 0.8, "value_clip": 0.01}
+    settings = {
+        "kl_weight": 0.0,
+        "kl_target": None,
+        "minibatches": 1,
+        "gamma": 0.9,
+        "gae_lambda": 0.8,
+        "value_clip": 0.01,
+    }
     stage = stage_of("ppo", steps=2, batch_size=6, optim=OPTIM | {"lr": 1e-2}, **settings)
     policy, naive = policy64(), policy64()
     sampler = Recorded(policy)
@@ -285,7 +296,9 @@ def test_the_kl_of_ppo_is_a_reward_of_each_token():
     kls = []
     for i, rollout in enumerate(sampler.rollouts):
         with torch.no_grad():
-            kl = torch.tensor(rollout.logps, dtype=torch.float64) - plain_logps(reference, rollout.prompt_ids, rollout.ids)
+            kl = torch.tensor(rollout.logps, dtype=torch.float64) - plain_logps(
+                reference, rollout.prompt_ids, rollout.ids
+            )
         togo = kl.flip(0).cumsum(0).flip(0)
         assert method.returns[i] == pytest.approx((1 - 0.2 * togo).tolist(), abs=1e-5)
         kls += kl.tolist()
@@ -331,7 +344,7 @@ def test_the_first_step_is_on_policy(tmp_path, adapter, temperature, name):
 
 
 class Warmer:
-    """A sampler that draws at another temperature than it was asked for, or reports the log-probs of the token before."""
+    """A sampler that draws at another temperature than it was asked for, or tells the log-probs of the token before."""
 
     def __init__(self, policy: Policy, shift: bool) -> None:
         self.inner, self.shift = Recorded(policy), shift
@@ -369,7 +382,9 @@ def test_without_signal_nothing_moves(tmp_path, score, advantage):
     assert rows[0]["unscored"] == (score.value is None)
 
 
-@pytest.mark.parametrize("settings", [{"kl_weight": 0.0}, {"kl_weight": 0.1}, {"kl_weight": 0.0, "entropy_weight": 0.1}])
+@pytest.mark.parametrize(
+    "settings", [{"kl_weight": 0.0}, {"kl_weight": 0.1}, {"kl_weight": 0.0, "entropy_weight": 0.1}]
+)
 def test_only_what_can_teach_is_computed_and_everything_scored_is_counted(settings):
     policy = policy64()
     stage = stage_of("grpo", batch_size=6, **settings)
@@ -436,8 +451,8 @@ def rolled(group: int, length: int, value: float | None, **parts: float) -> tupl
 
 
 def test_reward_against_length_is_compared_within_a_prompt():
-    """Group 0 is long and good, group 1 short and bad, which says nothing; within either the shorter earns more: lengths
-    from their means -2, 2, -1, 1, rewards 1, -1, 1, -1: -6 / sqrt(10 * 4)."""
+    """Group 0 is long and good, group 1 short and bad, which says nothing; within either the shorter earns more.
+    Lengths from their means: -2, 2, -1, 1; rewards: 1, -1, 1, -1; so -6 / sqrt(10 * 4)."""
     drawn = [rolled(0, 6, 9.0), rolled(0, 10, 7.0), rolled(1, 1, 3.0), rolled(1, 3, 1.0)]
     found = measured(drawn, 10)
     assert found["length_reward"] == pytest.approx(-6 / 40**0.5)

@@ -125,18 +125,34 @@ STAGES: dict[str, tuple[type[StageBase], dict[str, Any]]] = {
     "grpo all": (
         Grpo,
         {
-            "kind": "grpo", "n": 4, "sampling": {"max_new_tokens": 6}, "advantage": "leave_one_out", "aggregate": "sum",
-            "kl_weight": 0.1, "kl_in": "reward", "kl_estimator": "k1", "reference_reset": 4, "curriculum": 2,
-            "max_draws": 3, "entropy_weight": 0.01, "iterations": 1, "minibatches": 2,
+            "kind": "grpo",
+            "n": 4,
+            "sampling": {"max_new_tokens": 6},
+            "advantage": "leave_one_out",
+            "aggregate": "sum",
+            "kl_weight": 0.1,
+            "kl_in": "reward",
+            "kl_estimator": "k1",
+            "reference_reset": 4,
+            "curriculum": 2,
+            "max_draws": 3,
+            "entropy_weight": 0.01,
+            "iterations": 1,
+            "minibatches": 2,
         },
-    ),  # fmt: skip
+    ),
     "ppo": (
         Ppo,
         {
-            "kind": "ppo", "sampling": {"max_new_tokens": 6}, "iterations": 2, "minibatches": 2, "batch_size": 6,
-            "kl_target": 0.5, "missing_eos_penalty": 0.1,
+            "kind": "ppo",
+            "sampling": {"max_new_tokens": 6},
+            "iterations": 2,
+            "minibatches": 2,
+            "batch_size": 6,
+            "kl_target": 0.5,
+            "missing_eos_penalty": 0.1,
         },
-    ),  # fmt: skip
+    ),
 }
 
 

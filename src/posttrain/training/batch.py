@@ -20,7 +20,6 @@ from posttrain.recipe.schema import StageBase
 from posttrain.records import Example, Ledger, derive
 from posttrain.training.world import ALONE, World
 
-
 Metrics = Mapping[str, float | Mapping[str, float]]
 """What is measured in a step: numbers, and counts by the name of what was counted."""
 
@@ -53,9 +52,7 @@ class Method(Protocol):
     def forward(self, model: torch.nn.Module, forest: Forest, states: States) -> Tensor:
         """What the loss needs of the model. `states` gives the hidden states [T, D] of a forest."""
 
-    def loss(
-        self, batch: Batch, rows: Sequence[int], forest: Forest, outputs: Tensor
-    ) -> tuple[Tensor, Metrics]:
+    def loss(self, batch: Batch, rows: Sequence[int], forest: Forest, outputs: Tensor) -> tuple[Tensor, Metrics]:
         """This forward pass's part of the step's loss, and of its metrics. `rows[i]` is row i of the forest.
 
         Parts add up over the passes of a step and over workers; metrics that end in _min and _max are combined so.

@@ -154,9 +154,7 @@ def _carried(method: Method) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return method.state() if isinstance(method, Stateful) else ({}, {})
 
 
-def _gradient(
-    policy: Policy, method: Method, batch: Batch, world: World, budget: int
-) -> tuple[dict[str, Any], Ledger]:
+def _gradient(policy: Policy, method: Method, batch: Batch, world: World, budget: int) -> tuple[dict[str, Any], Ledger]:
     """Leave the step's gradient in the parameters; returns the loss and the method's metrics, and the cost.
 
     Its parts add up to the same however the step is cut into passes of at most `budget` tokens.

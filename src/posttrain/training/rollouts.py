@@ -6,7 +6,7 @@ import dataclasses
 import math
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -30,13 +30,7 @@ Slot = tuple[int, int]
 """A prompt: its source, and its row there."""
 Scored = tuple[Rollout, Score]
 
-ON_POLICY =    width = -(-longest // LENGTHS)
-    starts = range(1, longest + 1, width)
-    by_length: list[list[float]] = [[] for _ in starts]
-    for i, reward in rewards.items():
-        by_length[min((lengths[i] - 1) // width, len(starts) - 1)].append(reward)
-    labels = [f"{start} to {min(start + width - 1, longest)}" for start in starts]
-    found |= {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.1}
+ON_POLICY = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 0.1}
 """Largest mean difference, nats a token, between the log-probabilities that sampler and trainer give the first
 rollouts, by the precision of the weights. One token off, or another temperature, makes it whole nats."""
 CHECKED = 512
@@ -331,7 +325,7 @@ def binned(ratio_N: Tensor) -> dict[str, float]:
     """How many ratios lie between which bounds."""
     bounds = torch.tensor(BOUNDS, dtype=ratio_N.dtype)
     counts = torch.bucketize(ratio_N.detach(), bounds).bincount(minlength=len(BOUNDS) + 1).tolist()
-    labels = [f"to {BOUNDS[0]}", *(f"{low} to {high}" for low, high in zip(BOUNDS, BOUNDS[1:], strict=False))]
+    labels = [f"to {BOUNDS[0]}", *(f"{low} to {high}" for low, high in pairwise(BOUNDS))]
     return dict(zip([*labels, f"above {BOUNDS[-1]}"], counts, strict=True))
 
 
@@ -349,11 +343,12 @@ def measured(drawn: Sequence[Scored], longest: int) -> Metrics:
     else:
         members = [list(range(len(rollouts)))]  # one completion for each prompt: compared with one another
     width = -(-longest // LENGTHS)
-    by_length: dict[str, list[float]] = {f"{k * width + 1} to {(k + 1) * width}": [] for k in range(LENGTHS)}
-    labels = list(by_length)
+    starts = range(1, longest + 1, width)
+    by_length: list[list[float]] = [[] for _ in starts]
     for i, reward in rewards.items():
-        by_length[labels[(lengths[i] - 1) // width]].append(reward)
-    return found | {
+        by_length[min((lengths[i] - 1) // width, len(starts) - 1)].append(reward)
+    labels = [f"{start} to {min(start + width - 1, longest)}" for start in starts]
+    found |= {
         "length": _mean(lengths),
         "length_reward": _correlation([[(lengths[i], rewards[i]) for i in g if i in rewards] for g in members]),
         "length_counts": dict(zip(labels, map(len, by_length), strict=True)),
@@ -374,8 +369,8 @@ def _correlation(groups: Sequence[Sequence[tuple[float, float]]]) -> float:
     """Pearson's, of pairs from their group's means: a prompt with long answers and high rewards is no evidence."""
     xs, ys = [], []
     for group in groups:
-        for x, y in group:
-            xs.append(x - _mean([a for a, _ in group]))
-            ys.append(y - _mean([b for _, b in group]))
+        x_mean, y_mean = _mean([x for x, _ in group]), _mean([y for _, y in group])
+        xs += [x - x_mean for x, _ in group]
+        ys += [y - y_mean for _, y in group]
     scale = math.sqrt(sum(x * x for x in xs) * sum(y * y for y in ys))
     return sum(x * y for x, y in zip(xs, ys, strict=True)) / scale if scale > 1e-12 else math.nan
