@@ -1,4 +1,4 @@
-"""Small scoring models on disk, answers to score, and samplers with a script, for the tests of rewards that are models."""
+"""Small scoring models on disk, answers to score and samplers with a script, for tests of rewards that are models."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def test_another_separator() -> None:
 
 
 def test_a_token_may_hold_the_end_of_a_step_and_the_beginning_of_the_next() -> None:
-    """Tokens `a`, `\\n.b`, `c` and `\\n\\nd\\ne`: the first step ends with the second token, and two with the last but one."""
+    """The first step ends with the second token, and two with the last but one."""
     words = {0: "a", 1: "\n.b", 2: "c", 3: "\n\nd\ne", 4: "f"}
 
     def decode(ids: list[int]) -> str:
@@ -59,10 +59,12 @@ def test_a_token_may_hold_the_end_of_a_step_and_the_beginning_of_the_next() -> N
     assert step_ends([0, 1, 2, 3, 4], decode) == (1, 3, 3, 4)
 
 
-def test_ends_are_found_whatever_the_text(seed: int = 0) -> None:
-    rng = random.Random(seed)
+def test_ends_are_found_whatever_the_text() -> None:
+    rng = random.Random(0)
     for _ in range(50):
-        text = "".join(rng.choice(["\n", "\n\n", " ", "ab", "é", "ß.", "12", "\u2028"]) for _ in range(rng.randint(1, 30)))
+        text = "".join(
+            rng.choice(["\n", "\n\n", " ", "ab", "é", "ß.", "12", "\u2028"]) for _ in range(rng.randint(1, 30))
+        )
         ids = (*TOKENIZER.encode(text), 2)
         ends = step_ends(ids, RENDERER.decode)
         assert len(ends) == len(split_steps(text))
@@ -92,7 +94,12 @@ def test_labelled_steps_are_targets() -> None:
     ("steps", "labels", "separator", "why"),
     [
         (["a", "b"], [None, None], "\n", "no solution in steps of which one is labelled"),
-        (["a", "b\nc"], [True, True], "\n", r"completions\[1\] holds the separator; set another `separator` than '\\n'"),
+        (
+            ["a", "b\nc"],
+            [True, True],
+            "\n",
+            r"completions\[1\] holds the separator; set another `separator` than '\\n'",
+        ),
         (["a and b", "c"], [True, True], " and ", r"completions\[0\] holds the separator"),
     ],
 )

@@ -156,9 +156,7 @@ def test_labels_are_the_share_of_rollouts_that_come_right(hard: bool, labels: tu
         return "42" if k < right[steps] else "7"
 
     sampler = Scripted(line)
-    found, ledger = label_steps(
-        [solution], sampler, verified, RENDERER, n=4, sampling=Sampling(), seed=0, hard=hard
-    )
+    found, ledger = label_steps([solution], sampler, verified, RENDERER, n=4, sampling=Sampling(), seed=0, hard=hard)
     assert [e.step_labels for e in found] == [labels]
     assert [turn["content"] for turn in found[0].completion] == ["12 and 30", "is 42, so", "42"]
     begun = [RENDERER.decode(example.begun) for example in sampler.asked]
@@ -179,9 +177,7 @@ def test_a_wrong_solution_and_what_cannot_be_scored() -> None:
 
 def test_a_solution_of_one_step_needs_no_rollouts() -> None:
     sampler = Scripted(lambda e, k: "42")
-    found, ledger = label_steps(
-        answers("42", "7"), sampler, verified, RENDERER, n=4, sampling=Sampling(), seed=0
-    )
+    found, ledger = label_steps(answers("42", "7"), sampler, verified, RENDERER, n=4, sampling=Sampling(), seed=0)
     assert [e.step_labels for e in found] == [(1.0,), (0.0,)]
     assert (sampler.asked, ledger.generated_tokens) == ([], 0)
 
@@ -233,7 +229,9 @@ def test_a_recipes_blocks_become_scorers(tmp_path: Path) -> None:
     assert values(implied) == [0.0] * len(rollouts)
     tiny_policy(max_position_embeddings=4096).save(tmp_path / "judge")
     for compare in (False, True):
-        judge = JudgeReward(kind="judge", source=str(tmp_path / "judge"), max_new_tokens=2, compare=compare, rubric="Be short.")
+        judge = JudgeReward(
+            kind="judge", source=str(tmp_path / "judge"), max_new_tokens=2, compare=compare, rubric="Be short."
+        )
         scores = learned(judge, RENDERER)(answers("Yes", "No"))
         assert [(score.value, score.outcome) for score in scores] == [(None, "unparsed")] * 2
 

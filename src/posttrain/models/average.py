@@ -34,7 +34,9 @@ def average(sources: Sequence[str], folder: Path) -> Artifact:
     name = "adapter_model.safetensors" if (folders[0] / "adapter_config.json").is_file() else "model.safetensors"
     for place in folders:
         if not (place / name).is_file():
-            raise UserError(f"{place}: has no {name} as {folders[0]} has; average models of one kind, saved in one file")
+            raise UserError(
+                f"{place}: has no {name} as {folders[0]} has; average models of one kind, saved in one file"
+            )
     weights = [load_file(place / name) for place in folders]
     adapter = name.startswith("adapter")
     for place, other in zip(folders[1:], weights[1:], strict=True):
@@ -69,9 +71,7 @@ def _mean(key: str, tensors: Sequence[Tensor]) -> Tensor:
     return total.to(tensors[0].dtype)
 
 
-def _refuse_other(
-    first: Path, ours: dict[str, Tensor], place: Path, theirs: dict[str, Tensor], adapter: bool
-) -> None:
+def _refuse_other(first: Path, ours: dict[str, Tensor], place: Path, theirs: dict[str, Tensor], adapter: bool) -> None:
     forms = [{key: (tensor.shape, tensor.dtype) for key, tensor in each.items()} for each in (ours, theirs)]
     if forms[0] != forms[1]:
         differ = sorted(key for key in ours.keys() | theirs.keys() if forms[0].get(key) != forms[1].get(key))

@@ -319,7 +319,9 @@ def load_adapter(
             stored = set(file.keys())
     refuse_nonfinite(folder, peft)
     policy = Policy(peft, tokenizer, lasting(origin), digest, revision)
-    expected = {name.replace(".modules_to_save.default.", ".").replace(".default.", ".") for name in policy.parameters()}
+    expected = {
+        name.replace(".modules_to_save.default.", ".").replace(".default.", ".") for name in policy.parameters()
+    }
     if stored != expected:  # PEFT would go on with a part of the adapter
         some = ", ".join(sorted(stored ^ expected)[:3])
         raise UserError(f"{folder}: its adapter does not fit {origin} (not in both: {some})")

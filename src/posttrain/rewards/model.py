@@ -24,4 +24,6 @@ def scored_by(model: Policy, renderer: Renderer, tokens: int = TOKENS) -> Scorer
     """A scorer by a loaded reward model: its number at the token that ends the answer, in its own units. Passes hold
     about `tokens`, and a prompt is computed once for the answers to it that meet in one."""
     rows = Rows(model, renderer, last)
-    return by_rows(rows, partial(read, partial(marked, model.model), budget=tokens), lambda values: graded(values[0], 0.0))
+    return by_rows(
+        rows, partial(read, partial(marked, model.model), budget=tokens), lambda values: graded(values[0], 0.0)
+    )
