@@ -1,4 +1,4 @@
-"""RLOO, REINFORCE++ and whitening against arithmetic done by hand."""
+"""Leave-one-out advantages against arithmetic done by hand."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posttrain.credit import leave_one_out, reinforce, rloo, whiten
-from posttrain.credit.reinforce import returns
+from posttrain.credit import leave_one_out, rloo
 from posttrain.records import Example, Rollout, Score, UserError
 
 NAN = math.nan
@@ -53,9 +52,7 @@ def test_an_infinite_reward_is_named():
 def test_every_token_carries_its_completions_advantage():
     """Rewards 1, 0, 0.5 of one prompt, so 0.75, -0.75 and 0, which is counted and not computed."""
     completions = [(1, 2), (3,), (4, 5, 6)]
-    rollouts = [
-        Rollout(Example("e"), 0, (10, 11), ids, (-0.5,) * len(ids), "", "stop", "w") for ids in completions
-    ]
+    rollouts = [Rollout(Example("e"), 0, (10, 11), ids, (-0.5,) * len(ids), "", "stop", "w") for ids in completions]
     batch = rloo(rollouts, [Score(1.0, "correct"), Score(0.0, "wrong"), Score(0.5, "wrong")])
     assert [batch.weights_T[a:b].tolist() for a, b in batch.spans] == [[0.75, 0.75], [-0.75]]
     assert (batch.counts.tokens, batch.counts.sequences) == (6, 3)

@@ -132,7 +132,7 @@ def test_gspo_token_is_gspo_where_a_sequence_has_one_advantage():
     """In value at each token, and in gradient once the tokens are summed; clipped sequences among them."""
     logps, old = 0.4 * torch.randn(2, 40, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     target_T, sequence_T = torch.arange(40) % 7 != 0, torch.arange(40) // 4
-    advantages_T = tensor(1, -1, 2, -3, 0.5, 1, -1, -1, 1, 2)[sequence_T]
+    advantages_T = tensor(1, 1, 2, -3, 0.5, 1, 1, -1, -1, 2)[sequence_T]
     found = {}
     for level in ("sequence", "sequence_token"):
         leaf_T = logps.clone().requires_grad_()
@@ -280,10 +280,9 @@ def test_an_absurd_ratio_does_not_overflow(name, advantage, log_w):
     loss_T = POLICIES[name](logps_T, torch.zeros(1), torch.tensor([advantage]), *every(1))
     loss_T.sum().backward()
     assert loss_T.isfinite().all()
-    if name == "cispo":  # its weight is held, and its token still teaches
-        assert logps_T.grad.tolist() == [-5 * advantage if log_w > 0 else 0.0]
-    else:
-        assert logps_T.grad.item() == pytest.approx(0, abs=1e-12)
+    # CISPO holds its weight, and the token still teaches.
+    expected = -5 * advantage if name == "cispo" and log_w > 0 else 0
+    assert logps_T.grad.item() == pytest.approx(expected, abs=1e-8)
 
 
 @pytest.mark.parametrize("name", POLICIES)

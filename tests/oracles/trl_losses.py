@@ -16,7 +16,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from inspect import getattr_static
 from types import SimpleNamespace
@@ -89,7 +89,7 @@ def draw(seed: int, *shape: int) -> Tensor:
 # P chosen rows, P rejected ones, P that are best (TPO). A prompt, a completion, padding.
 IDS = torch.randint(V, (3 * P, PROMPT + max(LENGTHS)), generator=torch.Generator().manual_seed(0))
 AT = torch.arange(IDS.shape[1])
-ATTENTION = (AT < PROMPT + torch.tensor(LENGTHS)[:, None]).long()
+ATTENTION = (PROMPT + torch.tensor(LENGTHS)[:, None] > AT).long()
 COMPLETION = ATTENTION * (AT >= PROMPT)
 LABELS = IDS.masked_fill(COMPLETION == 0, -100)
 PAIRED = slice(2 * P)
@@ -124,9 +124,9 @@ class Table(nn.Module):
         )
 
 
-def other(model: Table, seed: int) -> Table:
+def other(model: Table, seed: int, apart: float = 0.4) -> Table:
     """A model near to this one, a constant: its reference, or what it was when the completions were sampled."""
-    return Table((model.logits_VV + 0.4 * draw(seed, V, V).to(model.logits_VV.dtype)).detach()).requires_grad_(False)
+    return Table((model.logits_VV + apart * draw(seed, V, V).to(model.logits_VV.dtype)).detach()).requires_grad_(False)
 
 
 class Trainer(SimpleNamespace):
@@ -162,7 +162,7 @@ class Rows:
     """Our view of a batch under a model: all its tokens in one row."""
 
     model: Table
-    rows: slice = PAIRED
+    rows: slice = field(default_factory=lambda: PAIRED)
 
     def __post_init__(self) -> None:
         self.out = self.model(IDS[self.rows], labels=LABELS[self.rows], fused_lm_head=True)
@@ -416,9 +416,7 @@ def grpo(
         if penalty:
             kl_T = kl(rows.logps_T, ref.logps_T, rows.target_T)
             loss_T = loss_T + penalty * (kl_T * ratio(*tokens[:2], *tokens[3:]) if corrected else kl_T)
-        loss = reduce_tokens(
-            loss_T, rows.target_T, rows.counts, how=how, sequence_T=rows.sequence_T, constant=constant
-        )
+        loss = reduce_tokens(loss_T, rows.target_T, rows.counts, how=how, sequence_T=rows.sequence_T, constant=constant)
         if entropy:
             bonus_T = entropy_bonus(rows.out.entropy.flatten(), rows.target_T)
             loss = loss + entropy * reduce_tokens(bonus_T, rows.target_T, rows.counts)
@@ -447,8 +445,10 @@ def gkd(beta: float, temperature: float) -> Case:
 
 
 def distillation(beta: float, temperature: float) -> Case:
+    """TRL computes it in float32, so that what is small against its own terms would differ."""
+
     def case(model: Table) -> tuple[Tensor, Tensor]:
-        teacher = other(model, 1).logits_VV
+        teacher = other(model, 1, apart=2.0).logits_VV
         hidden, kept = one_hot(IDS[:, :-1], V).to(teacher.dtype), LABELS[:, 1:] != -100
         heads = model.logits_VV.T.contiguous(), teacher.T.contiguous()
         theirs, _, _ = _chunked_divergence_loss(hidden, hidden, *heads, kept, beta, temperature=temperature)

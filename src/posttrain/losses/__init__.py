@@ -117,7 +117,9 @@ TABLE: dict[str, Entry] = {
     "dft": Entry(dft, "Likelihood weighted by the token's own probability", "Wu et al., 2508.05629"),
     # Pairs against a reference: scores are summed log-ratios, or their means over tokens
     "dpo": Entry(logistic, "Logistic loss on summed log-ratios", "Rafailov et al., 2305.18290"),
-    "cdpo": Entry(partial(logistic, label_smoothing=0.1), "DPO that takes a share of labels for flipped", "Mitchell 2023"),
+    "cdpo": Entry(
+        partial(logistic, label_smoothing=0.1), "DPO that takes a share of labels for flipped", "Mitchell 2023"
+    ),
     "robust": Entry(robust, "DPO, unbiased under a share of flipped labels", "Chowdhury et al., 2403.00409"),
     "hinge": Entry(hinge, "Hinge on summed log-ratios", "Zhao et al., 2305.10425; Liu et al., 2309.06657"),
     "ipo": Entry(ipo, "A margin to reach, on means of log-ratios", "Azar et al., 2310.12036"),
@@ -141,14 +143,15 @@ TABLE: dict[str, Entry] = {
     # Pairs without a reference: scores are log-probabilities
     "cpo": Entry(logistic, "Logistic loss on summed log-probs, with nll of the chosen", "Xu et al., 2401.08417"),
     "simpo": Entry(
-        partial(logistic, beta=2.0, gamma=1.0), "Logistic loss with a margin, on mean log-probs", "Meng et al., 2405.14734"
+        partial(logistic, beta=2.0, gamma=1.0),
+        "Logistic loss with a margin, on mean log-probs",
+        "Meng et al., 2405.14734",
     ),
-    "alphapo": Entry(
-        partial(alpha_length, alpha=0.25), "Scores of SimPO, bent by alpha", "Gupta et al., 2501.03884"
-    ),
+    "alphapo": Entry(partial(alpha_length, alpha=0.25), "Scores of SimPO, bent by alpha", "Gupta et al., 2501.03884"),
     "orpo": Entry(log_odds, "Scores for a logistic loss of beta 1, with nll of the chosen", "Hong et al., 2403.07691"),
     "tpo": Entry(
-        partial(logistic, beta=0.01), "Logistic loss on summed log-probs, with nll of a third, best answer",
+        partial(logistic, beta=0.01),
+        "Logistic loss on summed log-probs, with nll of a third, best answer",
         "Saeidi et al., 2405.16681",
     ),
     # Single completions, good or bad
@@ -178,37 +181,48 @@ TABLE: dict[str, Entry] = {
     "cispo": Entry(cispo, "Policy gradient with capped, constant ratios", "MiniMax, 2506.13585"),
     "sapo": Entry(sapo, "A smooth gate in place of the clip", "Gao et al., 2511.20347"),
     "gspo": Entry(
-        partial(policy_gradient, level="sequence", clip_low=3e-4, clip_high=4e-4), "One ratio per sequence, its mean",
+        partial(policy_gradient, level="sequence", clip_low=3e-4, clip_high=4e-4),
+        "One ratio per sequence, its mean",
         "Zheng et al., 2507.18071",
     ),
     "gspo_token": Entry(
         partial(policy_gradient, level="sequence_token", clip_low=3e-4, clip_high=4e-4),
-        "GSPO with each token's own advantage", "Zheng et al., 2507.18071",
+        "GSPO with each token's own advantage",
+        "Zheng et al., 2507.18071",
     ),
     "luspo": Entry(
         partial(policy_gradient, level="sequence"), "GSPO, sums over sequences: by a constant of 1", "2602.05261"
     ),
-    "gmpo": Entry(gmpo, "Geometric mean of ratios clipped in log space, reduced by sequence", "Zhao et al., 2507.20673"),
+    "gmpo": Entry(
+        gmpo, "Geometric mean of ratios clipped in log space, reduced by sequence", "Zhao et al., 2507.20673"
+    ),
     "vespo": Entry(vespo, "A smooth weight by the ratio of the whole sequence", "2602.10693"),
     "rloo": Entry(
-        partial(policy_gradient, level="product"), "REINFORCE on `credit.leave_one_out`, reduced by sequence",
+        partial(policy_gradient, level="product"),
+        "REINFORCE on `credit.leave_one_out`, reduced by sequence",
         "Ahmadian et al., 2402.14740",
     ),
-    "reinforce_pp": Entry(
-        policy_gradient, "REINFORCE++: no critic, advantages by `credit.whiten`", "Hu, 2501.03262"
-    ),
+    "reinforce_pp": Entry(policy_gradient, "REINFORCE++: no critic, advantages by `credit.whiten`", "Hu, 2501.03262"),
     "entropy": Entry(entropy_bonus, "Bonus for not settling too early", "Williams & Peng 1991"),
     "kl": Entry(kl, "Penalty for leaving the reference: estimators k1, k2, k3", "Schulman 2020"),
     # From a teacher
     "jsd": Entry(jsd, "Generalised Jensen-Shannon divergence (GKD)", "Agarwal et al., 2306.13649"),
-    "forward_kl": Entry(partial(jsd, beta=0.0), "KL(teacher, student): covers what the teacher says", "Hinton et al., 1503.02531"),
-    "reverse_kl": Entry(partial(jsd, beta=1.0), "KL(student, teacher): says what the teacher would", "Gu et al., 2306.08543"),
+    "forward_kl": Entry(
+        partial(jsd, beta=0.0), "KL(teacher, student): covers what the teacher says", "Hinton et al., 1503.02531"
+    ),
+    "reverse_kl": Entry(
+        partial(jsd, beta=1.0), "KL(student, teacher): says what the teacher would", "Gu et al., 2306.08543"
+    ),
     "minillm": Entry(
-        policy_gradient, "Policy gradient of KL(student, teacher); advantages by `credit.minillm`", "Gu et al., 2306.08543"
+        policy_gradient,
+        "Policy gradient of KL(student, teacher); advantages by `credit.minillm`",
+        "Gu et al., 2306.08543",
     ),
     # From preferences between samples of now
     "online_dpo": Entry(logistic, "DPO on two samples that a judge ranks", "Guo et al., 2402.04792"),
-    "nash_md": Entry(nash_md, "Policy gradient of the win rate against a mixture with the reference", "Munos et al., 2312.00886"),
+    "nash_md": Entry(
+        nash_md, "Policy gradient of the win rate against a mixture with the reference", "Munos et al., 2312.00886"
+    ),
     "xpo": Entry(xpo, "Online DPO with a bonus for leaving what is known", "Xie et al., 2405.21046"),
 }
 """What `posttrain losses` lists."""

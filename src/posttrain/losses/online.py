@@ -21,9 +21,7 @@ def nash_md(
     return masked((beta * apart_T - (preference_T.detach() - 0.5)) * logps_T, target_T)
 
 
-def xpo(
-    chosen_P: Tensor, rejected_P: Tensor, explored_P: Tensor, *, beta: float = 0.1, alpha: float = 1e-5
-) -> Tensor:
+def xpo(chosen_P: Tensor, rejected_P: Tensor, explored_P: Tensor, *, beta: float = 0.1, alpha: float = 1e-5) -> Tensor:
     """`loss_P` of exploratory preference optimisation (Xie et al., 2405.21046): DPO's on log-ratios, and `alpha` times
     the summed log-probability that the policy gives the reference's own answer, so that it leaves what is known."""
     return logistic(chosen_P, rejected_P, beta=beta) + alpha * explored_P
