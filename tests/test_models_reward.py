@@ -95,7 +95,7 @@ def test_its_base_must_be_the_one_it_was_trained_on(tmp_path: Path) -> None:
         load_reward_model(str(tmp_path / "reward"))
 
 
-@pytest.mark.parametrize(("lost", "why"), [("score", "cannot be loaded"), ("q_proj.lora_A", "its adapter does not fit")])
+@pytest.mark.parametrize(("lost", "why"), [("score", "cannot be loaded"), ("q_proj.lora_A", "adapter does not fit")])
 def test_a_part_of_an_adapter_is_refused(tmp_path: Path, lost: str, why: str) -> None:
     saved(tmp_path, Lora(r=4))
     file = tmp_path / "reward/adapter_model.safetensors"

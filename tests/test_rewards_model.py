@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from dataclasses import replace
@@ -37,13 +38,11 @@ def values(scores: list[Score]) -> list[float]:
 def other_tokens() -> Any:
     """The tiny tokenizer with the ids of two letters swapped."""
     tokenizer = tiny_tokenizer()
-    text, ids = tokenizer.backend_tokenizer.to_str(), tokenizer.get_vocab()
-    a, b = f'"a":{ids["a"]},', f'"b":{ids["b"]},'
-    assert a in text
-    assert b in text
-    text = text.replace(a, "@").replace(b, f'"b":{ids["a"]},').replace("@", f'"a":{ids["b"]},')
+    form = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocab = form["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
     names = {f"{name}_token": getattr(tokenizer, f"{name}_token") for name in ("bos", "eos", "pad", "unk")}
-    return type(tokenizer)(tokenizer_object=Tokenizer.from_str(text), chat_template=CHATML, **names)
+    return type(tokenizer)(tokenizer_object=Tokenizer.from_str(json.dumps(form)), chat_template=CHATML, **names)
 
 
 # A reward model

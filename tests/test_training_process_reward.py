@@ -204,7 +204,7 @@ def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         good = [rng.random() < 0.5 for _ in range(3)]
         rows.append({"prompt": f"{i}?", "completions": ["yes it is" if g else "no" for g in good], "labels": good})
     (tmp_path / "steps.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    stage = {"id": "steps", "kind": "process_reward_model", "steps": 20, "batch_size": 6, "holdout": 0.25}
+    stage = {"id": "steps", "kind": "process_reward_model", "steps": 40, "batch_size": 6, "holdout": 0.25}
     stage |= {"data": {"sources": [{"source": "steps.jsonl"}]}, "optim": {"lr": 3e-3}}
     recipe = {"schema": 1, "name": "x", "model": {"source": str(tmp_path / "model"), "adapter": {"r": 4}}}
     path, out = tmp_path / "r.yaml", tmp_path / "out"
