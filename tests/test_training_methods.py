@@ -109,7 +109,7 @@ def agree(policy: Policy, naive: Policy, rows: list[dict[str, Any]], steps: list
 
 def gradient(policy: Policy, method: Method, batch: Batch, stage: Any) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Loss and metrics of the step, and its gradient."""
-    found, _ = _gradient(policy, method, batch, stage.tokens_per_forward, ALONE)
+    found, _ = _gradient(policy, method, batch, ALONE, stage.tokens_per_forward)
     counted = {name: counts for name, counts in found.items() if isinstance(counts, dict)}
     flat = {f"{name} {label}": n for name, counts in counted.items() for label, n in counts.items()}
     flat |= {name: value for name, value in found.items() if name not in counted}
@@ -317,7 +317,7 @@ def test_a_text_of_one_token_is_no_error():
     data = prepared([Example("t", text="")])
     method = sft(stage_of("sft", batch_size=1), data)
     policy = policy64()
-    found, _ = _gradient(policy, method, method.batch(0), 1024, ALONE)
+    found, _ = _gradient(policy, method, method.batch(0), ALONE, 1024)
     assert found["loss"] == 0
 
 

@@ -202,7 +202,7 @@ def test_a_step_is_the_formula_of_its_loss(tmp_path, loss):
     scale = max(g.abs().max().item() for g in theirs.values())
     assert scale > 0
     for name in theirs:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-6, atol=1e-9 * scale)
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-6 * scale)  # norms are float32
 
 
 def shaped(policy: Policy, reference: Policy, item: Judged, alpha: float) -> list[Tensor]:
@@ -417,9 +417,7 @@ def test_lists_hold_every_answer_the_best_first_and_can_be_kept(tmp_path):
     def some(example: Example, text: str) -> Score:
         return Score(None, "error") if len(text) % 4 == 3 else lengths(example, text)
 
-    judged, _, facts = judged_on_policy(
-        stage, prepared(asked()), LocalSampler(policy, RENDERER), scorer(some), SEED
-    )
+    judged, _, facts = judged_on_policy(stage, prepared(asked()), LocalSampler(policy, RENDERER), scorer(some), SEED)
     judged, _ = referred(policy, stage, judged)
     assert facts["lists"] == len(judged[0]) > 0
     assert any(math.isnan(reward) for item in judged[0] for reward in item.rewards)

@@ -154,9 +154,7 @@ class PreferenceMethod(LogProbs):
             return token_statistics(model, forest, "collision", states=states)
         return super().forward(model, forest, states)
 
-    def loss(
-        self, batch: Batch, rows: Sequence[int], forest: Forest, outputs: Tensor
-    ) -> tuple[Tensor, Metrics]:
+    def loss(self, batch: Batch, rows: Sequence[int], forest: Forest, outputs: Tensor) -> tuple[Tensor, Metrics]:
         stage, counts, R, K = self.stage, batch.counts, len(rows), self.stage.width
         logps_T = outputs[0] if stage.weighting else outputs
         target_T, sequence_T = forest.target_T, forest.sequence_T
@@ -243,9 +241,7 @@ class PreferenceMethod(LogProbs):
             good_P = torch.tensor([item.rewards[0] > 0.5 for item in items])
             n_good = sum(item.rewards[0] > 0.5 for item in self.now)
             sides = {"chosen": (good_P, n_good), "rejected": (~good_P, len(self.now) - n_good)}
-            found = {
-                f"{side}_logp": (logps_PK[mask_P, 0].sum() / n).item() for side, (mask_P, n) in sides.items() if n
-            }
+            found = {f"{side}_logp": (logps_PK[mask_P, 0].sum() / n).item() for side, (mask_P, n) in sides.items() if n}
             if n_good and n_good < len(self.now):
                 mean_P = good_P / n_good - (~good_P).to(scores_PK.dtype) / (len(self.now) - n_good)
                 found["margin"] = (scale * mean_P * scores_PK[:, 0]).sum().item()
