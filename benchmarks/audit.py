@@ -1,4 +1,4 @@
-"""Let the verifier of every generated task prove itself: docs/measured/tasks.json says which hold, and why others do not.
+"""Let the verifier of every generated task prove itself: docs/measured/tasks.json says which hold, and why others not.
 
     python benchmarks/audit.py [--items 32] [TASK ...]
 
@@ -9,11 +9,11 @@ that one which hangs or dies is recorded like the others.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
 import re
-import sys
 import time
 from collections import Counter
 from importlib.metadata import version
@@ -60,8 +60,8 @@ def cause(failures: list[str]) -> str:
 
 
 def _into(pipe: Any, name: str, items: int) -> None:
-    sys.stdout = open(os.devnull, "w")
-    pipe.send(audit(name, items))
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        pipe.send(audit(name, items))
 
 
 def audited(name: str, items: int) -> dict[str, Any]:
@@ -92,7 +92,10 @@ def main() -> None:
         rows.append(audited(name, given.items))
         print(f"{name}: {'holds' if rows[-1]['holds'] else rows[-1]['why']}", flush=True)
     if not given.tasks:
-        made = {"command": f"python benchmarks/audit.py --items {given.items}", "reasoning_gym": version("reasoning_gym")}
+        made = {
+            "command": f"python benchmarks/audit.py --items {given.items}",
+            "reasoning_gym": version("reasoning_gym"),
+        }
         OUT.write_text(json.dumps({**made, "screened": sorted(EVALUATED), "rows": rows}, indent=1) + "\n")
 
 

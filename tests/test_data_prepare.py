@@ -90,7 +90,7 @@ def test_nothing_left_says_why(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("need", "why"), [("pair", "no pair"), ("prompt", "no verifier")]
+    ("need", "why"), [("pair", "no pair"), ("label", "no label")]
 )  # fmt: skip
 def test_a_need_that_rows_do_not_meet(tmp_path: Path, need: Need, why: str) -> None:
     with pytest.raises(UserError, match=why):

@@ -145,7 +145,8 @@ def test_detection_goes_with_most_rows_and_gives_up_on_none() -> None:
 
 
 KEYS = """messages prompt completion chosen rejected conversations instruction input output history system tools label
-labels completions question answer text instances test entry_point instruction_id_list kwargs role content from value tool_calls"""
+labels completions question answer text instances test entry_point instruction_id_list kwargs role content from value
+tool_calls"""
 keys = st.sampled_from(KEYS.split())
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["user", "[1]"]),

@@ -56,7 +56,12 @@ def asking(*asked: tuple[str, dict[str, Any]]) -> Any:
         ("combination:repeat_prompt", {"prompt_to_repeat": "Say it."}, "say it. It.", "It. Say it."),
         ("startend:end_checker", {"end_phrase": "The end."}, "So. the end.", "The end. So."),
         ("startend:quotation", {}, '"a"', "'a'"),
-        ("change_case:capital_word_frequency", {"capital_frequency": 2, "capital_relation": "at least"}, "A BC", "Abc D"),
+        (
+            "change_case:capital_word_frequency",
+            {"capital_frequency": 2, "capital_relation": "at least"},
+            "A BC",
+            "Abc D",
+        ),
         ("change_case:english_capital", {}, "A 1 B!", "A b"),
         ("change_case:english_lowercase", {}, "a 1 b!", "a B"),
         ("punctuation:no_comma", {}, "a; b", "a, b"),

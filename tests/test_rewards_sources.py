@@ -74,7 +74,9 @@ def test_rows_that_cannot_be_scored_say_what_they_lack() -> None:
 def test_rules_prove_themselves_before_use() -> None:
     proven(rewarded({"kind": "exact"}, {"kind": "format"}).rewards, {"cities.jsonl": CITIES})
     loose = rewarded({"kind": "regex", "id": "any", "pattern": ".*", "example": "x"})
-    with pytest.raises(UserError, match=r"reward 'any' can be fooled on cities.jsonl, so no model may train on it:\n  q: "):
+    with pytest.raises(
+        UserError, match=r"reward 'any' can be fooled on cities.jsonl, so no model may train on it:\n  q: "
+    ):
         proven(loose.rewards, {"cities.jsonl": CITIES})
 
 

@@ -57,7 +57,7 @@ def test_right_code(text: str) -> None:
         "class A(int):\n    __eq__ = lambda s, o: True\ndef double(x):\n    return A()",
         "import builtins\nbuiltins.AssertionError = None\ndef double(x):\n    return 4",
         "import builtins\nbuiltins.exec = lambda *a: None\ndef double(x):\n    return 4",
-        "import builtins\nclass A(list):\n    __eq__ = lambda s, o: True\nbuiltins.list = A\ndef double(x):\n    return A()",
+        "import builtins\nclass A(list):\n    __eq__ = lambda s, o: True\nbuiltins.list = A\ndouble = lambda x: A()",
         "def double(x):\n    while True: pass",
         "def double(x):\n    return double(x)",
         "def double(x):\n    import os\n    os.fork()\n    return 2 * x",
@@ -72,7 +72,10 @@ def test_wrong_code(text: str) -> None:
 
 def test_the_reason_is_told() -> None:
     assert judged(RULE, DOUBLE, "def double(x):\n    return missing").why.startswith("NameError: name 'missing'")
-    assert judged(python(PythonReward(kind="python", timeout_s=0.5)), DOUBLE, "while True: pass").why == "took longer than 0.5 s"
+    assert (
+        judged(python(PythonReward(kind="python", timeout_s=0.5)), DOUBLE, "while True: pass").why
+        == "took longer than 0.5 s"
+    )
 
 
 def test_it_is_proven_and_tells_tests_that_prove_nothing() -> None:

@@ -291,7 +291,9 @@ def _step_labels(row: Row) -> dict[str, Any]:
         "completion": tuple(
             {"role": "assistant", "content": _text(s, f"completions[{i}]")} for i, s in enumerate(steps)
         ),
-        "step_labels": tuple(None if label is None else _chance(label, f"labels[{i}]") for i, label in enumerate(labels)),
+        "step_labels": tuple(
+            None if label is None else _chance(label, f"labels[{i}]") for i, label in enumerate(labels)
+        ),
     }
 
 
@@ -504,7 +506,8 @@ SHAPES: dict[str, Shape] = {
     "question_answer": Shape("Question and answer", "question, answer",
                              _columns("question", "answer"), _question_answer),
     "prompt": Shape(
-        "A prompt to be answered, perhaps with its reference answer", "prompt, and no answer to learn", _is_prompt, _prompt,
+        "A prompt to be answered, perhaps with its reference answer", "prompt, and no answer to learn",
+        _is_prompt, _prompt,
     ),
     "text": Shape("Raw text for continued pre-training", "text", _columns("text"), _plain),
 }  # fmt: skip

@@ -20,7 +20,7 @@ class RewardBase(Block):
 
     @property
     def name(self) -> str:
-        return self.id or self.kind  # type: ignore[attr-defined,no-any-return]
+        return self.id or self.kind  # type: ignore[attr-defined]
 
 
 class VerifierReward(RewardBase):
@@ -56,7 +56,9 @@ class JsonSchemaReward(RewardBase):
     """Whether the answer is JSON that a schema allows."""
 
     kind: Literal["json_schema"] = Field(description="The reward.")
-    schema_: dict[str, Any] = Field(alias="schema", description="JSON Schema, of the keywords that docs/rewards.md has.")
+    schema_: dict[str, Any] = Field(
+        alias="schema", description="JSON Schema, of the keywords that docs/rewards.md has."
+    )
     example: Any = Field(description="A value that it allows: the schema is proven on it.")
 
 
@@ -77,7 +79,9 @@ class LengthReward(RewardBase):
     @model_validator(mode="after")
     def _begins(self) -> LengthReward:
         if self.buffer > self.max_tokens:
-            raise Misfit((("buffer",), f"{self.buffer} is above max_tokens, {self.max_tokens}: no answer is unpunished"))
+            raise Misfit(
+                (("buffer",), f"{self.buffer} is above max_tokens, {self.max_tokens}: no answer is unpunished")
+            )
         return self
 
 
@@ -87,7 +91,7 @@ class InstructionsReward(RewardBase):
     kind: Literal["instructions"] = Field(description="The reward.")
     checks: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
-        description="Checks and their settings for every answer, such as `punctuation:no_comma: {}`; rows may name more.",
+        description="Checks of every answer and their settings, such as `punctuation:no_comma: {}`; rows may name more.",
     )
 
 
@@ -96,7 +100,7 @@ class PythonReward(RewardBase):
 
     kind: Literal["python"] = Field(description="The reward.")
     timeout_s: float = Field(5.0, gt=0, description="Seconds for one answer's tests; slower code is wrong.")
-    memory_mb: int = Field(512, ge=64, description="Memory for one answer's tests, in MiB; code that needs more is wrong.")
+    memory_mb: int = Field(512, ge=64, description="Memory for one answer's tests, MiB; code that needs more is wrong.")
 
 
 SOURCE = "A directory, a hub id (owner/name), a .gguf file, or pip:PACKAGE/FILE."
@@ -116,17 +120,21 @@ class ProcessReward(RewardBase):
     kind: Literal["process"] = Field(description="The reward.")
     source: str = Field(description="What a process_reward_model stage saved: its artifact.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
-    aggregate: Literal["min", "product", "last", "mean"] = Field("min", description="What is made of the steps' chances.")
+    aggregate: Literal["min", "product", "last", "mean"] = Field(
+        "min", description="What is made of the steps' chances."
+    )
     separator: str = Field("\n", min_length=1, description="What stands between two steps, as in the model's training.")
 
 
 class JudgeReward(RewardBase):
-    """The grade that a language model gives an answer, from 0 to 1, or its share of wins over the others of its group."""
+    """The grade that a language model gives an answer, 0 to 1, or its share of wins over the others of its group."""
 
     kind: Literal["judge"] = Field(description="The reward.")
     source: str = Field(description=f"The model that judges. {SOURCE}")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
-    rubric: str | None = Field(None, description="What a good answer is, or principles it keeps to; null: a general one.")
+    rubric: str | None = Field(
+        None, description="What a good answer is, or principles it keeps to; null: a general one."
+    )
     compare: bool = Field(
         False, description="Set each answer against every other to its prompt, in both orders, in place of grading it."
     )

@@ -53,9 +53,10 @@ def combined(parts: Sequence[Part], ensembles: Sequence[Ensemble] = ()) -> Score
     """sum_k weight_k value_k, at most 0 where a gate is not passed. Where there are several, `Score.parts` keeps each.
 
     Parts that an ensemble is made of count through it alone. One part without a value leaves the answer without one,
-    unless nothing depends on it (weight 0, no gate). The first part that has one says how an answer was read and whether
-    it is right; a gate that is not passed makes it wrong.
+    unless nothing depends on it (weight 0, no gate). The first part that has one says how an answer was read and
+    whether it is right; a gate that is not passed makes it wrong.
     """
+    terms: list[Part | Ensemble] = [*parts, *ensembles]
     inside = {name for group in ensembles for name in group.of}
 
     def score(rollouts: Sequence[Rollout]) -> list[Score]:
@@ -69,7 +70,7 @@ def combined(parts: Sequence[Part], ensembles: Sequence[Ensemble] = ()) -> Score
             if all(name in values for name in group.of):
                 values[group.name] = ensemble([values[name] for name in group.of], group.how, group.penalty)
         total, shut, unscored = 0.0, False, False
-        for term in (*parts, *ensembles):
+        for term in terms:
             weight = 0.0 if term.name in inside else term.weight
             if term.name not in values:
                 unscored = unscored or bool(weight) or term.gate is not None

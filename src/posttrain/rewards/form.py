@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from posttrain.recipe.rewards import FormatReward
 from posttrain.records import Example, Score
-from posttrain.rewards.prove import nonsense
 from posttrain.rewards.protocol import Cases, Rule
+from posttrain.rewards.prove import nonsense
 
 
 def tagged(reward: FormatReward) -> Rule:

@@ -88,7 +88,7 @@ def words(text: str) -> list[str]:
 
 
 def sentences(text: str) -> list[str]:
-    """Split behind . ! ? where white space or the end follows, and behind their wide forms; what holds no word is none."""
+    """Split behind . ! ? where white space or the end follows, and behind their wide forms. Each holds a word."""
     return [part for part in re.split(r"(?<=[.!?])[\"'”’)\]]*(?:\s+|$)|(?<=[。！？])", text) if words(part)]
 
 

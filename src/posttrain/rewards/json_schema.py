@@ -10,8 +10,8 @@ from typing import Any
 
 from posttrain.recipe.rewards import JsonSchemaReward
 from posttrain.records import Example, Score, UserError
-from posttrain.rewards.prove import nonsense
 from posttrain.rewards.protocol import Cases, Rule
+from posttrain.rewards.prove import nonsense
 from posttrain.rewards.text import MAX_ANSWER, extract, unfenced
 
 TYPES: dict[str, Callable[[Any], bool]] = {

@@ -6,8 +6,8 @@ import re
 
 from posttrain.recipe.rewards import ExactReward, RegexReward
 from posttrain.records import Example, Score, UserError
-from posttrain.rewards.prove import compared, nonsense
 from posttrain.rewards.protocol import Cases, Rule
+from posttrain.rewards.prove import compared, nonsense
 from posttrain.rewards.text import MAX_ANSWER, extract
 
 

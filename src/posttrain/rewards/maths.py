@@ -8,8 +8,8 @@ from typing import Any
 from posttrain.recipe.rewards import MathReward
 from posttrain.records import Example, Score, UserError
 from posttrain.rewards.match import no_reference
-from posttrain.rewards.prove import compared
 from posttrain.rewards.protocol import Rule
+from posttrain.rewards.prove import compared
 from posttrain.rewards.text import NUMBER, extract
 
 MAX_EXPRESSION = 500
@@ -22,7 +22,7 @@ _WRAPPED = re.compile(r"\$\$?(.*?)\$\$?|\\\((.*?)\\\)|\\\[(.*?)\\\]", re.DOTALL)
 
 
 def math(reward: MathReward) -> Rule:
-    """math-verify (Kydlicek et al., github.com/huggingface/Math-Verify), given one expression and no prose; `x = 5` is 5.
+    """math-verify (Kydlicek et al., github.com/huggingface/Math-Verify), given one expression, no prose (x = 5 is 5).
 
     Departures: it does not search a text for answers, for the more of them a text holds, the likelier one is right.
     The answer is what stands in the only <answer> tags, or in the only \\boxed{}, or else the whole text.
@@ -37,10 +37,10 @@ def math(reward: MathReward) -> Rule:
 
     def parsed(text: str) -> list[Any]:
         try:  # without its own time limits, which are signals: the worker has one
-            found: list[Any] = math_verify.parse(f"${text}$", parsing_timeout=None)
+            found = math_verify.parse(f"${text}$", parsing_timeout=None)
         except Exception:  # its parsers raise errors of their own on what is no expression
             return []
-        return found
+        return [value for value in found if not isinstance(value, str)]  # what it could not read, it gives back
 
     def score(example: Example, text: str) -> Score:
         gold = expression(example.answer or "") or ""
@@ -76,7 +76,7 @@ def expression(text: str) -> str | None:
     if whole := _WRAPPED.fullmatch(answer):
         answer = next(part for part in whole.groups() if part is not None).strip()
     answer = _NAMED.sub("", answer, count=1) if _NAMED.match(answer) else answer
-    answer = re.sub(r"\\[,;:!]", "", answer)  # LaTeX's spaces
+    answer = re.sub(r"\\[,;:!]", "", answer.replace("{,}", ","))  # LaTeX's spaces
     return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", answer)
 
 

@@ -62,9 +62,9 @@ class _Worker:
 
     def __init__(self) -> None:
         self.pipe, theirs = Pipe()
-        code = f"import sys; sys.path[:] = {sys.path!r}; from posttrain.rewards.pool import serve; serve({theirs.fileno()})"
+        code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve({theirs.fileno()})"
         with theirs:
-            # A session of its own: Ctrl-C is for the run to answer. Without a run the pipe ends, and with it the worker.
+            # A session of its own: Ctrl-C is for the run to answer, and a worker ends with the pipe to it.
             self.process = subprocess.Popen(
                 [sys.executable, "-c", code],
                 pass_fds=[theirs.fileno()],

@@ -94,7 +94,7 @@ def limited(score: Scorer, max_unscored: float) -> Scorer:
             listed = "\n  ".join(f"{n} x {why}" for why, n in causes.most_common(3))
             raise Failure(
                 f"{causes.total()} of {len(rollouts)} answers could not be scored, more than max_unscored "
-                f"({max_unscored:.0%}) allows; mend the reward, or raise max_unscored. Most frequent causes:\n  {listed}"
+                f"({max_unscored:.0%}) allows; mend the reward, or raise max_unscored. Most often:\n  {listed}"
             )
         return scores
 

@@ -19,8 +19,8 @@ def prove(rule: Rule, examples: Sequence[Example], score: Callable[[Example, str
     """Why `rule` must not be trained on; empty if it holds on `examples`.
 
     Each case that is right must earn 1, each that is wrong less, and a score it must be. Unless the rule looks at form
-    alone, there must be one that is right, which must not be right for most others. `score` is the rule's own, or that of a
-    worker which it runs in.
+    alone, there must be one that is right, which must not be right for most others. `score` is the rule's own, or that
+    of a worker which it runs in.
     """
     if not examples:
         raise UserError("a rule cannot be proven on no example")
@@ -46,7 +46,8 @@ def compared(example: Example) -> Cases:
     if gold is None:
         return Cases()
     return Cases(
-        {"the reference answer": gold}, {what: text for what, text in wrong(example, gold).items() if not same(text, gold)}
+        {"the reference answer": gold},
+        {what: text for what, text in wrong(example, gold).items() if not same(text, gold)},
     )
 
 

@@ -147,7 +147,7 @@ def launch():
     python = filter(None, [sys.prefix, sys.base_prefix, *sys.path, "/usr/share/zoneinfo"])
     readable = (home, *map(os.path.realpath, python))
     refused = ("socket.", "subprocess.", "os.fork", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "os.kill",
-               "os.setxattr", "pty.", "ctypes.", "signal.", "syslog.", "resource.", "gc.", "code.__new__",
+               "os.setxattr", "pty.", "ctypes.", "signal.", "syslog.", "resource.", "gc.",
                "sys._current_frames", "sys.setprofile", "sys.settrace", "fcntl.", "mmap.")
     changing = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod",
                 "os.chown", "os.utime", "shutil.")

@@ -10,8 +10,8 @@ import secrets
 from posttrain.recipe.rewards import PythonReward
 from posttrain.records import Example, Score
 from posttrain.rewards import sandbox
-from posttrain.rewards.prove import nonsense
 from posttrain.rewards.protocol import Cases, Rule
+from posttrain.rewards.prove import nonsense
 from posttrain.rewards.text import extract
 
 _BLOCK = re.compile(r"^```(?:python|py)?[ \t]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -48,7 +48,7 @@ def python(reward: PythonReward) -> Rule:
 
     def cases(example: Example) -> Cases:
         entry = example.meta.get("entry_point")
-        right = {"the reference solution": str(turn["content"]) for turn in example.completion[:1]}
+        right = {"the reference solution": str(example.completion[0]["content"])} if example.completion else {}
         wrong = {
             "code that does nothing": "pass",
             "an exit": "raise SystemExit(0)",
@@ -76,7 +76,7 @@ def defines(code: str, name: str) -> bool:
 
 # What it needs afterwards it takes hold of before the code under test can put something in its place, and puts Python's
 # own functions back before the tests use them.
-_PROGRAM = '''
+_PROGRAM = """
 import builtins, hashlib, json, os, sys
 
 def passes(code, tests, entry, run=exec, parse=compile, read=os.read, write=os.write, leave=os._exit,
@@ -110,4 +110,4 @@ def passes(code, tests, entry, run=exec, parse=compile, read=os.read, write=os.w
     leave(0)
 
 passes(*json.loads({given!r}))
-'''
+"""

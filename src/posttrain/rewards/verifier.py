@@ -13,8 +13,8 @@ from typing import Any
 from posttrain.data import tasks
 from posttrain.recipe.rewards import VerifierReward
 from posttrain.records import Example, Rollout, Score, UserError
-from posttrain.rewards.prove import compared
 from posttrain.rewards.protocol import Rule, judged
+from posttrain.rewards.prove import compared
 from posttrain.rewards.text import MAX_ANSWER, NUMBER, extract
 
 _HUGE_EXPONENT = re.compile(r"[eE][+-]?\d{4,}")
