@@ -345,6 +345,10 @@ def unpaired(loss_type: str, seed: int, ours: Callable[[Tensor, Tensor, Tensor],
     return case
 
 
+def weighed_kto(ratios_S: Tensor, desirable_S: Tensor, z: Tensor) -> Tensor:
+    return kto(ratios_S, desirable_S, z, beta=BETA, desirable_weight=1.2, undesirable_weight=0.7)
+
+
 def apo_unpaired(ratios_S: Tensor, desirable_S: Tensor, _: Tensor) -> Tensor:
     return apo_zero_unpaired(ratios_S, desirable_S, beta=BETA) * torch.where(desirable_S, 1.2, 0.7).to(ratios_S.dtype)
 
@@ -511,12 +515,8 @@ CASES: dict[str, Case] = {
     "orpo": reference_free(ORPOTrainer, orpo),
     "tpo": tpo("sigmoid", lambda p: logistic(*p.logps, beta=BETA, label_smoothing=SMOOTHING)),
     "tpo_l": tpo("tpo-l", lambda p: logistic(*p.mean_logps, beta=BETA, label_smoothing=SMOOTHING, gamma=0.5)),
-    "kto": unpaired(
-        "kto", 3, lambda r, d, z: kto(r, d, z, beta=BETA, desirable_weight=1.2, undesirable_weight=0.7)
-    ),
-    "kto, other z": unpaired(
-        "kto", 4, lambda r, d, z: kto(r, d, z, beta=BETA, desirable_weight=1.2, undesirable_weight=0.7)
-    ),
+    "kto": unpaired("kto", 3, weighed_kto),
+    "kto, z held at 0": unpaired("kto", 7, weighed_kto),
     "apo_zero_unpaired": unpaired("apo_zero_unpaired", 3, apo_unpaired),
     "bradley_terry": reward(False, None),
     "bradley_terry, margin and centring": reward(True, 0.01),
