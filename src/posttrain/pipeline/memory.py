@@ -67,11 +67,12 @@ def stage_memory(stage: Stage, data: Prepared, policy: Policy, seed: int) -> Ter
         said = str(error).partition("\n")[0]
         raise Unpredicted(f"{type(decoder(policy.model)).__name__} does not run without values ({said})") from error
     training = {"gradients": step.gradients, "activations": step.activations, "work": step.work}
-    phases = [training, sampling]
+    phases: list[Terms] = [training, sampling]
     if isinstance(stage, Preference) and stage.reference is not None:
         other = second_model(policy, stage, outline)
         phases.append({"reference": sum(p.nbytes for p in other.model.parameters())})
-    terms |= max(phases, key=lambda phase: sum(phase.values()))
+    heaviest: Terms = max(phases, key=lambda phase: sum(phase.values()))
+    terms |= heaviest
     holes = sum(share * terms.get(name, 0) for name, share in HOLES.items())
     return terms | {"allocator": UNUSED + round(holes)}
 

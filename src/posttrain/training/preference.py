@@ -449,7 +449,8 @@ def read_judged(path: Path, sources: int) -> list[list[Judged]]:
         context = tuple(kept["prompt_ids"])
         rows = [Row(context, *(tuple(x) for x in row)) for row in kept["rows"]]
         rewards = tuple(math.nan if reward is None else reward for reward in kept["rewards"])
-        n = len(rewards)
-        item = Judged(tuple(rows[:n]), rewards, kept["sample"], *rows[n:], reference=tuple(kept["reference"]))
+        other = rows[len(rewards)] if len(rows) > len(rewards) else None
+        own = tuple(rows[: len(rewards)])
+        item = Judged(own, rewards, kept["sample"], other, tuple(kept["reference"]))
         found[kept["source"]].append(item)
     return found
