@@ -242,7 +242,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("grpo", {"advantage": "whitened", "kl_in": "reward"}),
     ("grpo", {"advantage": "leave_one_out", "ratio": "product", "kl_corrected": True}),
     ("grpo", {"entropy_weight": 0.1}),
-    ("ppo", {"minibatches": 1, "entropy_weight": 0.1}),
+    ("ppo", {"n": 2, "minibatches": 1, "entropy_weight": 0.1}),
 ]
 
 
