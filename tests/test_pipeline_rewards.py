@@ -45,14 +45,14 @@ def test_each_reward_is_kept_in_the_metrics(here: Path) -> None:
 
 
 def test_pairs_are_ranked_by_the_recipe_s_rewards(here: Path) -> None:
-    on_policy = {"n": 4, "prompts": 4, "max_new_tokens": 6, "rewards": [LENGTH]}
+    on_policy = {"n": 4, "prompts": 4, "max_new_tokens": 6, "rewards": [{**LAYOUT, "pattern": "[^ ?]+"}]}
     given = recipe([])
     stage = {key: given["stages"][0][key] for key in ("id", "steps", "batch_size", "data")}
     given["stages"] = [{**stage, "kind": "preference", "on_policy": on_policy}]
     (here / "asked.jsonl").write_text(jsonl([{"prompt": row["question"]} for row in ROWS]))
     assert main(write(given)) == 0
     kept = [json.loads(line) for line in (here / "out/stages/rl/judged.jsonl").read_text().splitlines()]
-    assert kept
+    assert {(line["sample"]["score"], line["sample"]["outcome"]) for line in kept} == {(0.5, "correct")}
 
 
 def test_a_reward_that_can_be_fooled_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

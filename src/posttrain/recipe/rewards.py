@@ -91,7 +91,7 @@ class InstructionsReward(RewardBase):
     kind: Literal["instructions"] = Field(description="The reward.")
     checks: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
-        description="Checks of every answer and their settings, such as `punctuation:no_comma: {}`; rows may name more.",
+        description="Checks for every answer with their settings: `punctuation:no_comma: {}`; rows may name more.",
     )
 
 
