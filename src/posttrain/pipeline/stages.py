@@ -67,6 +67,7 @@ from posttrain.training.reward import RewardMethod, ends, hold_out, preferred
 from posttrain.training.sft import SftMethod
 from posttrain.training.world import ALONE, World
 
+
 @dataclass(frozen=True)
 class Say:
     """How a run talks to whoever started it."""
@@ -171,7 +172,7 @@ def run_stage(job: Job, say: Say, trainer: Trainer = train_here) -> None:
     if check := read_json(folder / "oracle.json"):
         facts |= {"first_step": check}
     artifact = start.save(folder / "artifact")
-    if held:
+    if held and isinstance(stage, ScoringStage):
         facts |= {"held_out": _held_out(start.model, held, stage)}
     ledger, facts = before + ledger, made | facts
     finished = time.time()
