@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from scoring import END, TEXTS, Scripted, answers, plain, question, saved, shaken
 from tiny import CHATML, tiny_policy, tiny_tokenizer
 from tiny_runs import RENDERER
 from tokenizers import Tokenizer
 
+from posttrain.cli import main
 from posttrain.data.chat import Renderer
 from posttrain.data.steps import step_ends
 from posttrain.models.policy import Policy
@@ -26,7 +28,7 @@ from posttrain.records import Rollout, Score, UserError
 from posttrain.rewards.implicit import implicit_scorer
 from posttrain.rewards.learned import check, learned
 from posttrain.rewards.model import model_scorer, scored_by
-from posttrain.rewards.outrank import said
+from posttrain.rewards.outrank import PLEAS, said
 from posttrain.rewards.process import AGGREGATES, label_steps, process_scorer, scored_by_steps
 
 
@@ -245,3 +247,45 @@ def test_a_source_without_a_head_is_refused_before_weights_are_read(tmp_path: Pa
     check(JudgeReward(kind="judge", source=base))
     with pytest.raises(UserError, match="no such directory"):
         check(ImplicitReward(kind="implicit", source=base, reference=str(tmp_path / "nowhere")))
+
+
+# Whole runs
+
+
+def ran(folder: Path, name: str, stage: dict[str, Any], rows: list[dict[str, Any]]) -> int:
+    """The exit code of a run of one stage on these rows."""
+    (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    common = {"id": name, "data": {"sources": [{"source": f"{name}.jsonl"}]}, "batch_size": 4}
+    recipe = {"schema": 1, "name": "x", "model": {"source": "base", "adapter": {"r": 4}}, "stages": [common | stage]}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+    return main(["run", str(folder / f"{name}.yaml"), "--out", str(folder / name)])
+
+
+def test_a_reward_model_that_is_proven_trains_a_policy_and_one_that_is_not_does_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flat = saved(tmp_path)
+    with torch.no_grad():
+        flat.parameters()["score.weight"].zero_()  # what says nothing is worth as much as the right answer
+    flat.save(tmp_path / "flat")
+    wrong = [*PLEAS.values(), "qwxz vlk", "?!", "no"]
+    good = "yes, so it is"
+    pairs = [{"prompt": f"{i}?", "chosen": good, "rejected": text} for i in range(4) for text in (*wrong, f"{i}?")]
+    learns = {"kind": "reward_model", "steps": 30, "batch_size": 8, "holdout": 0, "optim": {"lr": 5e-3}}
+    assert ran(tmp_path, "trained", learns, pairs) == 0
+    rows = [{"prompt": f"{i}?", "completion": good} for i in range(4)]
+
+    def uses(source: str) -> dict[str, Any]:
+        rewards = [{"kind": "model", "source": source}, {"kind": "length", "max_tokens": 4, "buffer": 2, "weight": 0.1}]
+        sampling = {"max_new_tokens": 4}
+        return {"kind": "grpo", "steps": 2, "n": 4, "batch_size": 2, "rewards": rewards, "sampling": sampling}
+
+    assert ran(tmp_path, "rl", uses("trained/stages/trained/artifact"), rows) == 0
+    steps = [json.loads(line) for line in (tmp_path / "rl/stages/rl/metrics.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(row["reward"]) and row["reward/model"] for row in steps)
+    capsys.readouterr()
+    assert ran(tmp_path, "fooled", uses("flat"), rows) == 2
+    told = capsys.readouterr().err
+    assert "reward 'model' can be fooled, so no model may train on it" in told
+    assert ran(tmp_path, "headless", uses("base"), rows) == 2
+    assert "is a language model, which has no head that scores" in capsys.readouterr().err
