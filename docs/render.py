@@ -69,7 +69,7 @@ def keys_table() -> str:
     from posttrain.recipe.explain import keys
 
     first = "stages.grpo.rewards."
-    own = [key for key in keys() if not re.match(r"stages\.\w+\.(?:on_policy\.)?rewards\.", key.path)]
+    own = [key for key in keys() if not re.match(r"stages\.\w+\.(?:\w+\.)?rewards\.", key.path)]
     rewards = [
         replace(key, path="rewards." + key.path.removeprefix(first)) for key in keys() if key.path.startswith(first)
     ]
