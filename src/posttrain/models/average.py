@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from posttrain.models.disk import staged
-from posttrain.models.policy import RECORD, load, scores
+from posttrain.models.policy import RECORD, is_reward_model, load
 from posttrain.models.reward import load_reward_model
 from posttrain.models.source import json_file, resolve
 from posttrain.records import Artifact, UserError
@@ -24,6 +24,7 @@ def average(sources: Sequence[str], folder: Path) -> Artifact:
     Of reward models it is WARM (Rame et al., 2401.12187): what single ones were fooled by, their average mostly is not,
     at the cost of one. Adapters are averaged in what they add to the base, W + mean(s B A): the mean of the products
     is not the product of the means, so the result holds all of them side by side, and its rank is the sum of theirs.
+    Departure from WARM: their heads were drawn by each one's seed, where the paper starts all from one that was fitted.
 
     Raises:
         UserError: there are fewer than two, or they are not of one architecture, precision and base.
@@ -55,7 +56,7 @@ def average(sources: Sequence[str], folder: Path) -> Artifact:
         save_file(mean, work / name, {"format": "pt"})
         record = json_file(work / RECORD) if (work / RECORD).is_file() else {}
         dtype = record.get("dtype") or str(next(iter(mean.values())).dtype).removeprefix("torch.")
-        made = (load_reward_model if scores(work) else load)(str(work), dtype=dtype)
+        made = (load_reward_model if is_reward_model(work) else load)(str(work), dtype=dtype)
         (work / RECORD).write_text(json.dumps(record | {"digest": made.digest()}, indent=2) + "\n")
     return Artifact("adapter" if adapter else "model", folder, made.digest())
 

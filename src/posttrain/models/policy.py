@@ -463,7 +463,7 @@ def base_model(
     return loaded
 
 
-def scores(folder: Path) -> bool:
+def is_reward_model(folder: Path) -> bool:
     """Whether `folder` holds a reward model: a sequence classifier, or an adapter that was trained on one."""
     adapter = folder / "adapter_config.json"
     config = json_file(adapter if adapter.is_file() else folder / "config.json")
@@ -473,7 +473,7 @@ def scores(folder: Path) -> bool:
 
 def _refuse_reward_model(folder: Path) -> None:
     """Transformers would give one with tied embeddings an output layer, and it would write nonsense."""
-    if scores(folder):
+    if is_reward_model(folder):
         raise UserError(f"{folder}: is a reward model, which scores text and writes none; name a language model")
 
 

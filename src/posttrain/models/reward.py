@@ -30,10 +30,10 @@ from posttrain.models import place
 from posttrain.models.policy import (
     Policy,
     base_model,
+    is_reward_model,
     lasting,
     load_adapter,
     read_tokenizer,
-    scores,
     weights_digest,
 )
 from posttrain.models.quiet import quiet
@@ -115,7 +115,7 @@ def headed(source: str, revision: str | None = None) -> Path:
         UserError: there is no such model, or it is one that writes text and has no head that scores.
     """
     folder = resolve(source, revision)
-    if not scores(folder):
+    if not is_reward_model(folder):
         raise UserError(
             f"{source}: is a language model, which has no head that scores; train one with a stage of kind "
             "reward_model or process_reward_model and name its artifact, or ask it as a judge"
