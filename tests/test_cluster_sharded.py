@@ -33,7 +33,7 @@ from workers import together
 
 from posttrain.cluster.sharded import shard
 from posttrain.models.reward import reward_model
-from posttrain.recipe.schema import Lora, Preference
+from posttrain.recipe.schema import Lora, Preference, ScoringStage
 from posttrain.training.batch import chosen, frozen_logprobs
 from posttrain.training.loop import train
 from posttrain.training.reward import ends
@@ -175,10 +175,10 @@ def _run(
     **settings: Any,
 ) -> Any:
     world = Distributed()
-    whole = tiny_policy(adapter=adapter)
-    if name == "reward_model":
+    whole, stage = tiny_policy(adapter=adapter), stage_of(name, **settings)
+    if isinstance(stage, ScoringStage):
         whole = reward_model(whole, ends(prepared(paired())), SEED)
-    policy, stage = shard(whole, world, always), stage_of(name, **settings)
+    policy = shard(whole, world, always)
     if isinstance(stage, Preference):
         method = preference(policy, stage, world=world)
     elif name.startswith("grpo"):

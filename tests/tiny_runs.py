@@ -13,10 +13,21 @@ from tiny import tiny_policy, tiny_tokenizer
 
 from posttrain.data.chat import Rendered, Renderer
 from posttrain.data.prepare import Prepared
+from posttrain.data.steps import solution
 from posttrain.models.policy import Policy
 from posttrain.models.reward import reward_model
 from posttrain.recipe.objectives import OBJECTIVES
-from posttrain.recipe.schema import Grpo, Lora, Ppo, Preference, RewardModel, Sft, StageBase
+from posttrain.recipe.schema import (
+    Grpo,
+    Lora,
+    Ppo,
+    Preference,
+    ProcessRewardModel,
+    RewardModel,
+    ScoringStage,
+    Sft,
+    StageBase,
+)
 from posttrain.records import Example, Ledger, Rollout, Score
 from posttrain.sampling.local import LocalSampler
 from posttrain.training.batch import Batch, Method
@@ -31,6 +42,7 @@ from posttrain.training.preference import (
     referred,
     write_judged,
 )
+from posttrain.training.process_reward import ProcessRewardMethod
 from posttrain.training.reward import RewardMethod, ends
 from posttrain.training.sft import SftMethod
 from posttrain.training.world import ALONE, World
@@ -101,6 +113,16 @@ def labelled() -> list[Example]:
     ]
 
 
+def solved() -> Prepared:
+    """Solutions of one to three steps with labels of every sort."""
+    marks: tuple[tuple[float | None, ...], ...] = ((True, None, 0.25), (False, 0.75), (1.0,))
+    rows = []
+    for i, question in enumerate(QUESTIONS):
+        steps = tuple(turn("assistant", ANSWERS[i - k]) for k in range(len(marks[i % 3])))
+        rows += solution(Example(f"s:{i}", (turn("user", question),), steps, step_labels=marks[i % 3]), RENDERER)
+    return Prepared((tuple(rows),), (1.0,), {})
+
+
 def lengths(example: Example, text: str) -> Score:
     """A toy reward that even a random model's answers differ in."""
     value = len(text) % 3 / 2
@@ -120,6 +142,7 @@ STAGES: dict[str, tuple[type[StageBase], dict[str, Any]]] = {
     "aot": (Preference, {"kind": "preference", "loss": "aot"}),
     "bco_unpaired": (Preference, {"kind": "preference", "loss": "bco_unpaired"}),
     "reward_model": (RewardModel, {"kind": "reward_model", "centring": 0.01}),
+    "process_reward_model": (ProcessRewardModel, {"kind": "process_reward_model"}),
     "grpo": (Grpo, {"kind": "grpo", "n": 4, "sampling": {"max_new_tokens": 6}, "kl_weight": 0.1}),
     "grpo twice": (Grpo, {"kind": "grpo", "n": 4, "sampling": {"max_new_tokens": 6}, "iterations": 2}),
     "grpo all": (
@@ -209,6 +232,8 @@ def method_of(name: str, policy: Policy, stage: Any, folder: Path | None = None)
         return sft(stage)
     if name == "reward_model":
         return RewardMethod(stage, prepared(paired()), SEED)
+    if name == "process_reward_model":
+        return ProcessRewardMethod(stage, solved(), SEED)
     if isinstance(stage, Ppo):
         return ppo(policy, stage)
     return preference(policy, stage, folder) if isinstance(stage, Preference) else grpo(policy, stage)
@@ -225,7 +250,7 @@ def run(
     """Everything built anew, as a command would, and trained; `change` may tamper before the first step."""
     policy = tiny_policy(adapter=adapter)
     stage = stage_of(name, **settings)
-    if name == "reward_model":
+    if isinstance(stage, ScoringStage):
         policy = reward_model(policy, ends(prepared(paired())), SEED)
     method = method_of(name, policy, stage, folder)
     change(method, policy)
