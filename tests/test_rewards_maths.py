@@ -71,6 +71,11 @@ def test_a_reference_that_cannot_be_read_gives_no_score() -> None:
     assert RULE.lacks(question(answer=None)) == "it has no reference answer"
 
 
+@pytest.mark.parametrize("gold", [r"575\text{ students}", r"44\%", "4, 6, 15", r"\frac{68}{3}\text{ kg}", "(-1, 3]"])
+def test_units_and_sets_are_proven(gold: str) -> None:
+    assert failures(RULE, question(answer=gold)) == []
+
+
 def test_it_is_proven_on_real_answers(shared_data: Path) -> None:
     from posttrain.data.sources import read
 

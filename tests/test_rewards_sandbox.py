@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from posttrain.rewards import sandbox
 from posttrain.rewards.sandbox import Limits, Ran, run
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limits")
@@ -126,3 +127,16 @@ def test_nothing_is_left_running() -> None:
     ran = run("import os\nprint(os.getpid(), flush=True)\nwhile True: pass", limits=SHORT)
     with pytest.raises(ProcessLookupError):
         os.kill(int(ran.stdout), 0)
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or os.geteuid() != 0 or not os.path.exists("/usr/bin/python3"),
+    reason="only root may become nobody, and needs a Python that nobody can read",
+)
+def test_without_the_hook_the_kernel_still_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/usr/bin/python3")
+    monkeypatch.setattr(sandbox, "_LAUNCH", sandbox._LAUNCH.replace("    sys.addaudithook(watch)\n", ""))
+    assert run("import os; print(os.getuid())").stdout == b"65534\n"
+    assert b"BlockingIOError" in run("import os; os.fork()").stderr
+    assert b"Network is unreachable" in run("import socket; socket.create_connection(('127.0.0.1', 9), 1)").stderr
+    assert b"PermissionError" in run("open('/etc/shadow')").stderr

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import Any
 
 from posttrain.recipe.rewards import MathReward
 from posttrain.records import Example, Score, UserError
 from posttrain.rewards.match import no_reference
-from posttrain.rewards.protocol import Rule
+from posttrain.rewards.protocol import Cases, Rule
 from posttrain.rewards.prove import compared
 from posttrain.rewards.text import NUMBER, extract
 
@@ -17,6 +18,7 @@ MAX_EXPRESSION = 500
 _WORD = re.compile(r"\b(?!(?:sin|cos|tan|cot|sec|csc|log|exp|sqrt|min|max|gcd|lcm|mod|inf)\b)[A-Za-z]{3,}")
 _COMMAND = re.compile(r"\\(?:text|mathrm|mathbf)\{[^{}]*\}|\\[A-Za-z]+")
 _SEVERAL = re.compile(r"[,;=]|\b(?:or|and)\b|\\quad\b")
+_UNIT = re.compile(r"\\(?:text|%|$).*|\s", re.DOTALL)
 _NAMED = re.compile(r"[A-Za-z]\s*=\s*")
 _WRAPPED = re.compile(r"\$\$?(.*?)\$\$?|\\\((.*?)\\\)|\\\[(.*?)\\\]", re.DOTALL)
 
@@ -34,6 +36,7 @@ def math(reward: MathReward) -> Rule:
         import math_verify
     except ImportError:
         raise UserError("math-verify is not installed: pip install 'posttrain[tasks]'") from None
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that it has no time limit
 
     def parsed(text: str) -> list[Any]:
         try:  # without its own time limits, which are signals: the worker has one
@@ -61,7 +64,18 @@ def math(reward: MathReward) -> Rule:
             return Score(1.0, "correct", answer)
         return Score(0.0, "wrong", answer, f"not equal to {gold}")
 
-    return Rule(score, compared, lacks=no_reference, seconds=reward.timeout_s)
+    return Rule(score, cases, lacks=no_reference, seconds=reward.timeout_s)
+
+
+def cases(example: Example) -> Cases:
+    """Those of an answer that is compared, but for what is right in mathematics: to leave the unit out, or to name the
+    members of a set twice."""
+    gold = example.answer or ""
+    found = compared(example)
+    wrong = {what: text for what, text in found.wrong.items() if _UNIT.sub("", text) != _UNIT.sub("", gold)}
+    if "," in gold:
+        wrong.pop("the answer twice", None)
+    return Cases(found.right, wrong)
 
 
 def expression(text: str) -> str | None:
