@@ -90,6 +90,29 @@ def test_special_tokens_in_an_answer_open_no_turn() -> None:
     assert RENDERER.prompt_ids(judge.sampler.asked[0]).count(start) == 2
 
 
+def narrow(answer: str) -> Scripted:
+    """A judge that has no room for a question with more than 20 times the same letter."""
+
+    def line(example: Example, k: int) -> str:
+        if re.search(r"(\w)\1{20}", content(example)):
+            raise UserError("the prompt has 300 tokens and the model's context 256: no room for an answer")
+        return answer
+
+    return Scripted(line)
+
+
+def test_a_question_that_the_judge_has_no_room_for_is_unscored_and_the_others_are_not() -> None:
+    texts = ("Yes", "No", "x" * 30, "Nil", "y" * 30)
+    scores = Judge(narrow("<grade>10</grade>"))(answers(*texts))
+    assert [score.value for score in scores] == [1.0, 1.0, None, 1.0, None]
+    assert [score.outcome for score in scores if score.value is None] == ["error"] * 2
+    assert all("no room for an answer" in score.why for score in scores if score.value is None)
+    one, two, long = answers("Yes", "No", "x" * 30)
+    first, second = PairJudge(narrow("<better>tie</better>"))([(one, two), (one, long)])
+    assert (first.first, second.first) == (0.5, None)
+    assert "no room" in second.why
+
+
 # Its proof
 
 

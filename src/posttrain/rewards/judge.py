@@ -86,7 +86,7 @@ class Judge:
         asked = [self._question(rollout) for rollout in rollouts]
         said, ledger = _ask(self.sampler, asked, self.sampling, self.seed)
         self.ledger += ledger
-        return list(map(self._read, said))
+        return [Score(None, "error", why=str(it)) if isinstance(it, UserError) else self._read(it) for it in said]
 
     def _question(self, rollout: Rollout) -> str:
         code, material = _fenced(rollout.example, {"answer": rollout.text})
@@ -147,9 +147,11 @@ class PairJudge:
         code, material = _fenced(one.example, {"answer A": one.text, "answer B": other.text})
         return COMPARE.format(rubric=self.rubric, fence=FENCE.format(code=code), material=material)
 
-    def _verdict(self, straight: str, swapped: str) -> Verdict:
+    def _verdict(self, straight: str | UserError, swapped: str | UserError) -> Verdict:
         words = []
         for said in (straight, swapped):
+            if isinstance(said, UserError):
+                return Verdict(None, str(said))
             found = _BETTER.search(said) if said.count("<better>") == 1 else None
             if found is None:
                 return Verdict(None, f"the judge did not end with one <better>...</better>: {_tail(said)}")
@@ -157,7 +159,7 @@ class PairJudge:
         self.said.update(words)
         first, second = ({"A": 1.0, "tie": 0.5, "B": 0.0}[word] for word in words)
         if first == 1 - second:
-            return Verdict(first, _tail(straight))
+            return Verdict(first, "in both orders")
         self.said["turned"] += 1
         return Verdict(0.5, f"{words[0]} in one order and {words[1]} in the other")
 
@@ -188,11 +190,22 @@ def tournament(judge: PairJudge) -> Scorer:
     return score
 
 
-def _ask(sampler: Sampler, questions: Sequence[str], sampling: Sampling, seed: int) -> tuple[list[str], Ledger]:
+def _ask(
+    sampler: Sampler, questions: Sequence[str], sampling: Sampling, seed: int
+) -> tuple[list[str | UserError], Ledger]:
+    """What the judge says to each; the error of one that cannot be asked (it is longer than the judge's context), which
+    is found by halves."""
     if not questions:
         return [], Ledger()
     prompts = [Example(f"judge:{i}", ({"role": "user", "content": text},)) for i, text in enumerate(questions)]
-    rollouts, ledger = sampler(prompts, 1, sampling, seed)
+    try:
+        rollouts, ledger = sampler(prompts, 1, sampling, seed)
+    except UserError as error:
+        if len(questions) == 1:
+            return [error], Ledger()
+        half = len(questions) // 2
+        parts = [_ask(sampler, part, sampling, seed) for part in (questions[:half], questions[half:])]
+        return [said for part, _ in parts for said in part], parts[0][1] + parts[1][1]
     return [rollout.text for rollout in rollouts], ledger
 
 
