@@ -115,3 +115,14 @@ def test_a_mixture_whose_routing_needs_values_is_planned_without_its_peak(
     assert "peak memory: not predicted: MixtralForCausalLM does not run without values" in planned.text()
     with pytest.raises(UserError, match=r"'a': memory_gb: no pass can be picked.*set tokens_per_forward"):
         plan(recipe_of(tmp_path, "mixtral", memory_gb=1.0))
+
+
+def test_a_second_model_counts_where_it_is_larger_than_a_step(tmp_path: Path) -> None:
+    """Its log-probabilities are taken before training, so that one of the two is the peak."""
+    other = tiny_policy(intermediate_size=8192)
+    other.save(tmp_path / "other")
+    plain = terms_of("dpo")
+    terms = terms_of("dpo", reference={"source": str(tmp_path / "other")})
+    size = sum(p.nbytes for p in other.model.parameters())
+    assert terms["reference"] == size > sum(plain[name] for name in ("gradients", "activations", "work"))
+    assert "activations" not in terms
