@@ -252,11 +252,15 @@ def test_a_source_without_a_head_is_refused_before_weights_are_read(tmp_path: Pa
 # Whole runs
 
 
-def ran(folder: Path, name: str, stage: dict[str, Any], rows: list[dict[str, Any]]) -> int:
-    """The exit code of a run of one stage on these rows."""
-    (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    common = {"id": name, "data": {"sources": [{"source": f"{name}.jsonl"}]}, "batch_size": 4}
-    recipe = {"schema": 1, "name": "x", "model": {"source": "base", "adapter": {"r": 4}}, "stages": [common | stage]}
+def ran(folder: Path, name: str, **stages: tuple[dict[str, Any], list[dict[str, Any]]]) -> int:
+    """The exit code of a run of these stages, each with its rows."""
+    made = []
+    for id, (stage, rows) in stages.items():
+        (folder / f"{id}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        made.append(
+            {"id": id, "data": {"sources": [{"source": f"{id}.jsonl"}]}, "batch_size": 4, "from": "base"} | stage
+        )
+    recipe = {"schema": 1, "name": "x", "model": {"source": "base", "adapter": {"r": 4}}, "stages": made}
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
     return main(["run", str(folder / f"{name}.yaml"), "--out", str(folder / name)])
 
@@ -272,7 +276,6 @@ def test_a_reward_model_that_is_proven_trains_a_policy_and_one_that_is_not_does_
     good = "yes, so it is"
     pairs = [{"prompt": f"{i}?", "chosen": good, "rejected": text} for i in range(4) for text in (*wrong, f"{i}?")]
     learns = {"kind": "reward_model", "steps": 30, "batch_size": 8, "holdout": 0, "optim": {"lr": 5e-3}}
-    assert ran(tmp_path, "trained", learns, pairs) == 0
     rows = [{"prompt": f"{i}?", "completion": good} for i in range(4)]
 
     def uses(source: str) -> dict[str, Any]:
@@ -280,12 +283,14 @@ def test_a_reward_model_that_is_proven_trains_a_policy_and_one_that_is_not_does_
         sampling = {"max_new_tokens": 4}
         return {"kind": "grpo", "steps": 2, "n": 4, "batch_size": 2, "rewards": rewards, "sampling": sampling}
 
-    assert ran(tmp_path, "rl", uses("trained/stages/trained/artifact"), rows) == 0
-    steps = [json.loads(line) for line in (tmp_path / "rl/stages/rl/metrics.jsonl").read_text().splitlines()]
+    assert ran(tmp_path, "both", reward=(learns, pairs), rl=(uses("stage:reward"), rows)) == 0
+    steps = [json.loads(line) for line in (tmp_path / "both/stages/rl/metrics.jsonl").read_text().splitlines()]
     assert all(math.isfinite(row["reward"]) and row["reward/model"] for row in steps)
     capsys.readouterr()
-    assert ran(tmp_path, "fooled", uses("flat"), rows) == 2
-    told = capsys.readouterr().err
-    assert "reward 'model' can be fooled, so no model may train on it" in told
-    assert ran(tmp_path, "headless", uses("base"), rows) == 2
-    assert "is a language model, which has no head that scores" in capsys.readouterr().err
+    for source, why in {
+        "flat": "reward 'model' can be fooled, so no model may train on it",
+        "base": "is a language model, which has no head that scores",
+        "stage:rl": "'rl' is no earlier stage that makes a reward model (there are: none)",
+    }.items():
+        assert ran(tmp_path, f"not-{source[:4]}", rl=(uses(source), rows)) == 2
+        assert why in capsys.readouterr().err

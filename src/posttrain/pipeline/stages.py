@@ -37,6 +37,7 @@ from posttrain.recipe.schema import (
 )
 from posttrain.records import Example, Ledger, UserError, derive
 from posttrain.rewards import build
+from posttrain.rewards.learned import located
 from posttrain.rewards.protocol import Scorer
 from posttrain.rewards.sources import lacking, proven
 from posttrain.sampling.endpoint import EndpointSampler
@@ -218,7 +219,7 @@ def _labelled(
     kept, cost = folder / "solutions.jsonl", folder / "solutions.json"
     if not cost.is_file():
         renderer = Renderer(start.tokenizer, system=stage.data.system)
-        sampler, scorer = LocalSampler(start, renderer), _scorer(stage, data, start)
+        sampler, scorer = LocalSampler(start, renderer), _scorer(stage, data, start, folder)
         with enough_memory("while solutions were sampled", FEWER):
             solutions, ledger, facts = labelled_solutions(stage, data, sampler, scorer, renderer, seed)
         write_solutions(kept, solutions)
@@ -261,7 +262,7 @@ def _method(job: Job, start: Policy, sampler: Sampler, world: World) -> tuple[Me
         if stage.endpoint is not None:
             renderer = Renderer(start.tokenizer, system=stage.data.system)
             sampler = EndpointSampler(start, renderer, stage.endpoint, folder / "served")
-        score = _scorer(stage, data, start)
+        score = _scorer(stage, data, start, folder)
         if isinstance(stage, Grpo):
             return GrpoMethod(stage, data, start, sampler, score, seed, world), Ledger(), {}
         return PpoMethod(stage, data, start, sampler, score, seed, world), Ledger(), {}
@@ -272,7 +273,8 @@ def _method(job: Job, start: Policy, sampler: Sampler, world: World) -> tuple[Me
             if stage.on_policy is None:
                 ledger, judged = Ledger(), judged_from_data(start, stage, data, seed)
             else:
-                judged, ledger, facts = judged_on_policy(stage, data, sampler, _scorer(stage, data, start), seed)
+                scored = _scorer(stage, data, start, folder)
+                judged, ledger, facts = judged_on_policy(stage, data, sampler, scored, seed)
             judged, by = referred(start, stage, judged, world)
         if world.rank == 0:
             write_judged(kept, judged)
@@ -283,11 +285,11 @@ def _method(job: Job, start: Policy, sampler: Sampler, world: World) -> tuple[Me
     return PreferenceMethod(stage, data, seed, judged, start, world), Ledger(**made["ledger"]), made["facts"]
 
 
-def _scorer(stage: StageBase, data: Prepared, start: Policy) -> Scorer:
+def _scorer(stage: StageBase, data: Prepared, start: Policy, folder: Path) -> Scorer:
     rewarded = _rewarded(stage)
     assert rewarded is not None
     return build(
-        rewarded.rewards,
+        [located(reward, folder.parent) for reward in rewarded.rewards],
         Renderer(start.tokenizer, system=stage.data.system),
         max_unscored=rewarded.max_unscored,
         examples=[row.example for rows in data.rows for row in rows],

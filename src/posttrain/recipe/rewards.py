@@ -104,13 +104,15 @@ class PythonReward(RewardBase):
 
 
 SOURCE = "A directory, a hub id (owner/name), a .gguf file, or pip:PACKAGE/FILE."
+STAGE = "stage:"
+"""Before the id of an earlier stage of the recipe, whose reward model is meant."""
 
 
 class ModelReward(RewardBase):
     """The number that a reward model gives an answer, in its own units."""
 
     kind: Literal["model"] = Field(description="The reward.")
-    source: str = Field(description="What a reward_model stage saved (its artifact), or a sequence classifier.")
+    source: str = Field(description="The artifact of a reward_model stage, a sequence classifier, or stage:ID.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
 
 
@@ -118,7 +120,7 @@ class ProcessReward(RewardBase):
     """The chance that an answer's steps are good, by a process reward model, made one number."""
 
     kind: Literal["process"] = Field(description="The reward.")
-    source: str = Field(description="What a process_reward_model stage saved: its artifact.")
+    source: str = Field(description="The artifact of a process_reward_model stage, or stage:ID.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
     aggregate: Literal["min", "product", "last", "mean"] = Field(
         "min", description="What is made of the steps' chances."
@@ -136,7 +138,7 @@ class JudgeReward(RewardBase):
         None, description="What a good answer is, or principles it keeps to; null: a general one."
     )
     compare: bool = Field(
-        False, description="Set each answer against every other to its prompt, in both orders, in place of grading it."
+        False, description="Set each answer against every other to its prompt, in both orders, in place of a grade."
     )
     low: int = Field(1, ge=0, description="The worst grade.")
     high: int = Field(10, ge=1, description="The best grade.")

@@ -6,14 +6,14 @@ into a JSON Schema for editors.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from posttrain.recipe.base import Block, Misfit
-from posttrain.recipe.rewards import Rewarded
-
 from posttrain.recipe.objectives import OBJECTIVES, PARAMETERS, Divergence, Loss
+from posttrain.recipe.rewards import STAGE, ModelReward, ProcessReward, Reward, Rewarded
 
 SCHEMA_VERSION = 1
 
@@ -508,6 +508,14 @@ class Ppo(Rl):
 Stage = Annotated[Sft | Preference | RewardModel | ProcessRewardModel | Grpo | Ppo, Field(discriminator="kind")]
 
 
+def _rewards(stage: StageBase) -> Iterator[tuple[tuple[str | int, ...], Reward]]:
+    """Every reward that the stage names, and where."""
+    for path in ((), ("on_policy",), ("rollouts",)):
+        block = getattr(stage, path[0], None) if path else stage
+        if isinstance(block, Rewarded):
+            yield from (((*path, "rewards", i), reward) for i, reward in enumerate(block.rewards))
+
+
 class Suite(Block):
     id: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="Name of the suite in tables and gates.")
     role: Literal["trained", "neighbour"] = Field(
@@ -579,6 +587,13 @@ class Recipe(Block):
                 there = ", ".join(writers)
                 what = f"{start!r} is a reward model, which writes no text; start from another one (there are: {there})"
                 problems.append((("stages", i, "from"), what))
+            for path, reward in _rewards(stage):
+                if isinstance(reward, ModelReward | ProcessReward) and reward.source.startswith(STAGE):
+                    scorers = [name for name in stages if name not in writers]
+                    if (name := reward.source.removeprefix(STAGE)) not in scorers:
+                        there = ", ".join(scorers) or "none"
+                        what = f"{name!r} is no earlier stage that makes a reward model (there are: {there})"
+                        problems.append((("stages", i, *path, "source"), what))
             stages.append(stage.id)
             if not isinstance(stage, ScoringStage):
                 writers.append(stage.id)

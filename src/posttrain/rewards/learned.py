@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from posttrain.data.chat import Renderer
 from posttrain.models.policy import Policy, load
 from posttrain.models.reward import headed
 from posttrain.models.source import resolve
-from posttrain.recipe.rewards import ImplicitReward, JudgeReward, ModelReward, ProcessReward
+from posttrain.recipe.rewards import STAGE, ImplicitReward, JudgeReward, ModelReward, ProcessReward, Reward
 from posttrain.recipe.schema import Sampling
 from posttrain.rewards.implicit import implicit_scorer
 from posttrain.rewards.judge import RUBRIC, Judge, PairJudge, tournament
@@ -49,6 +51,13 @@ def learned(reward: Learned, renderer: Renderer, device: str = "auto") -> Scorer
     return Judge(sampler, rubric, low=reward.low, high=reward.high, sampling=sampling)
 
 
+def located(reward: Reward, stages: Path) -> Reward:
+    """`reward` with the model of `stage:ID`, if it names one, as that stage left it in the folder `stages`."""
+    if not isinstance(reward, ModelReward | ProcessReward) or not reward.source.startswith(STAGE):
+        return reward
+    return reward.model_copy(update={"source": str(stages / reward.source.removeprefix(STAGE) / "artifact")})
+
+
 def check(reward: Learned) -> None:
     """Refuse what can be told before any weights are read.
 
@@ -56,7 +65,8 @@ def check(reward: Learned) -> None:
         UserError: a model is not there, or has no head that scores.
     """
     if isinstance(reward, ModelReward | ProcessReward):
-        headed(reward.source, reward.revision)
+        if not reward.source.startswith(STAGE):  # else it is not trained yet
+            headed(reward.source, reward.revision)
     elif isinstance(reward, JudgeReward):
         resolve(reward.source, reward.revision)
     else:
