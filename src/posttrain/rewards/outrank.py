@@ -30,6 +30,8 @@ def outranks(scorer: Scorer, examples: Sequence[Example], renderer: Renderer) ->
     and may err: of each kind one example in five may go wrong. Examples without a known answer prove nothing.
     """
     known = [(example, answer) for example in examples if (answer := _known(example))]
+    if not known:
+        return []
     tried = [{"the right answer": answer, **nonsense(example), **PLEAS} for example, answer in known]
     scores = iter(
         scorer(

@@ -55,7 +55,7 @@ def run(source: str, stdin: bytes = b"", limits: Limits = DEFAULT) -> Ran:
     """
     if sys.platform == "win32":
         raise UserError("running a model's Python needs Linux or macOS, whose limits on processes it relies on")
-    with tempfile.TemporaryDirectory(prefix="posttrain-") as folder:
+    with tempfile.TemporaryDirectory(prefix="posttrain-", ignore_cleanup_errors=True) as folder:
         home = Path(folder, "home")
         home.mkdir()
         program, out, err = (Path(folder, name) for name in ("program.py", "stdout", "stderr"))
