@@ -13,7 +13,7 @@ from posttrain.models.cost import forward_flops_per_token, training_flops_per_to
 from posttrain.models.policy import Policy, outline
 from posttrain.pipeline.memory import Terms, Unpredicted, fit, told
 from posttrain.pipeline.stages import stage_data
-from posttrain.recipe.schema import Preference, ProcessRewardModel, Recipe, Rl, ScoringStage, Stage
+from posttrain.recipe.schema import Grpo, Preference, ProcessRewardModel, Recipe, Rl, ScoringStage, Stage
 from posttrain.training.reward import hold_out
 
 MARKS = ("⟦", "⟧")
@@ -112,6 +112,7 @@ def _stage(stage: Stage, data: Prepared, policy: Policy, seed: int) -> StagePlan
         branches = stage.n
         answers = stage.n * stage.sampling.max_new_tokens
         generated = -(-stage.steps // stage.period) * stage.batch_size * answers
+        generated *= stage.max_draws if isinstance(stage, Grpo) else 1
         trees //= stage.minibatches
     elif isinstance(stage, ProcessRewardModel) and stage.rollouts:
         answers = stage.rollouts.max_new_tokens

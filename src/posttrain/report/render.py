@@ -304,7 +304,11 @@ def _bars(metrics: Sequence[Row]) -> list[Row]:
         if sum(counts[key].values()) > 0
     }
     panels = [
-        {"title": key.removesuffix("_counts"), "about": COUNTS[key], "svg": charts.bars(COUNTS[key], values, write)}
+        {
+            "title": key.replace("_counts", " in bins"),
+            "about": COUNTS[key],
+            "svg": charts.bars(COUNTS[key], values, write),
+        }
         for key, (values, write) in shown.items()
     ]
     rewards = {label: counts["length_rewards"].get(label, 0) / n for label, n in counts["length_counts"].items() if n}

@@ -272,7 +272,8 @@ class RolloutMethod(LogProbs):
         reference_T = torch.tensor([x for logps in known for x in logps], dtype=torch.float64)
         kl_T = kl(sampled_T, reference_T, torch.ones(len(flat), dtype=torch.bool), self.stage.kl_estimator)
         scored = sum(len(logps) for logps in self.references if logps is not None)
-        self.told["kl"] = kl_T.sum().item() / scored if scored else math.nan
+        if scored:
+            self.told["kl"] = kl_T.sum().item() / scored
         lengths = [len(logps) for logps in self.behaviour]
         return [part.tolist() for part in (weight * kl_T).split(lengths)]
 
@@ -347,7 +348,7 @@ def measured(drawn: Sequence[Scored], longest: int) -> Metrics:
     by_length: list[list[float]] = [[] for _ in starts]
     for i, reward in rewards.items():
         by_length[min((lengths[i] - 1) // width, len(starts) - 1)].append(reward)
-    labels = [f"{start} to {min(start + width - 1, longest)}" for start in starts]
+    labels = [f"{start} to {min(start + width - 1, longest)}" if width > 1 else str(start) for start in starts]
     found |= {
         "length": _mean(lengths),
         "length_reward": _correlation([[(lengths[i], rewards[i]) for i in g if i in rewards] for g in members]),
