@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-reliability bench constraints clean
+.PHONY: help demo test test-reliability test-oracles bench constraints clean
 
 help:  ## What there is to make
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -22,6 +22,9 @@ test: $(STAMP)  ## Check style and types, run the tests
 test-reliability: $(STAMP)  ## Kills, damage and full disks in the numbers of docs/reliability.md (minutes)
 	POSTTRAIN_RELIABILITY=full OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 \
 	  tests/test_reliability.py tests/test_training_checkpoint.py tests/test_training_shards.py
+
+test-oracles: $(STAMP)  ## Every loss that TRL has too, value and gradient, against TRL itself (makes .venv-peers once)
+	PYTHONPATH=src $$($(BIN)/python benchmarks/peers.py) tests/oracles/trl_losses.py
 
 bench: $(STAMP)  ## Measure against TRL, generate and the machine itself (45 minutes; leave the machine alone)
 	$(BIN)/python benchmarks/run.py; code=$$?; $(BIN)/python docs/render.py; exit $$code

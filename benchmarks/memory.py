@@ -69,7 +69,7 @@ SHAPES = (
 def recipe(shape: Shape, folder: Path) -> dict[str, Any]:
     stage: dict[str, Any] = {
         "id": "stage",
-        "kind": shape.kind,
+        "kind": {"dpo": "preference"}.get(shape.kind, shape.kind),
         "data": {"sources": [{"source": str(folder / "rows.jsonl")}]},
         "steps": 3 if shape.checkpoint else 2,
         "batch_size": shape.batch,

@@ -14,13 +14,13 @@ from posttrain.data.prepare import Prepared, prepare
 from posttrain.machine import tune
 from posttrain.models.policy import Policy, load
 from posttrain.models.reward import reward_model
-from posttrain.recipe.schema import Data, Dpo, Grpo, Lora, Optim, RewardModel, Sampling, Sft, Source
+from posttrain.recipe.schema import Data, Grpo, Lora, Optim, Preference, RewardModel, Sampling, Sft, Source
 from posttrain.records import Example, Ledger, Rollout, Score
 from posttrain.sampling.local import LocalSampler
 from posttrain.training.batch import Method, frozen_logprobs
-from posttrain.training.dpo import DpoMethod, pairs_from_data
 from posttrain.training.grpo import GrpoMethod
 from posttrain.training.loop import train
+from posttrain.training.preference import PreferenceMethod, judged_from_data, referred
 from posttrain.training.reward import RewardMethod, ends
 from posttrain.training.sft import SftMethod
 
@@ -55,9 +55,9 @@ def _reference_seconds(policy: Policy, method: Method, stage: Any) -> float:
 
     They are there already; they are taken again, for a first step of each side is not counted either.
     """
-    if not isinstance(method, DpoMethod):
+    if not isinstance(method, PreferenceMethod):
         return 0.0
-    rows = [row for part in method.pairs for pair in part for row in (pair.chosen, pair.rejected)]
+    rows = [row for part in method.judged for pair in part for row in pair.rows]
     began = now()
     frozen_logprobs(policy, rows, stage.tokens_per_forward)
     return now().wall - began.wall
@@ -94,8 +94,9 @@ def method_of(work: Workload, policy: Policy, folder: Path) -> tuple[Policy, Met
     if work.kind == "reward":
         model = RewardModel(kind="reward_model", holdout=0.0, **common)
         return reward_model(policy, ends(data), 0), RewardMethod(model, data, 0), model, _tokens(work, data)
-    dpo = Dpo(kind="dpo", beta=BETA, **common)
-    return policy, DpoMethod(dpo, data, 0, pairs_from_data(policy, dpo, data, 0)), dpo, _tokens(work, data)
+    dpo = Preference(kind="preference", beta=BETA, **common)
+    pairs, _ = referred(policy, dpo, judged_from_data(policy, dpo, data, 0))
+    return policy, PreferenceMethod(dpo, data, 0, pairs, policy), dpo, _tokens(work, data)
 
 
 def _tokens(work: Workload, data: Prepared) -> list[int]:
@@ -120,8 +121,8 @@ def _kept(sampler: LocalSampler, folder: Path) -> Any:
     return sample
 
 
-def _score(example: Example, text: str) -> Score:
-    return Score(code(text), "correct")
+def _score(rollouts: Sequence[Rollout]) -> list[Score]:
+    return [Score(code(rollout.text), "correct") for rollout in rollouts]
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Write the tables of README.md and docs/*.md from where their content is the truth.
 
 `<!-- measured:NAME -->` begins the table of docs/measured/NAME.json, `<!-- required:NAME -->` that of its rows with a
-requirement; `<!-- reference:keys -->` the table of the recipe's keys and `<!-- reference:shapes -->` that of the row
-shapes, both from the code. With --check nothing is written, and the exit code is 1 where a page is out of date.
+requirement; `<!-- reference:keys -->` the table of the recipe's keys, `<!-- reference:objectives -->` that of the
+preference losses and `<!-- reference:shapes -->` that of the row shapes, all from the code. With --check nothing is
+written, and the exit code is 1 where a page is out of date.
 """
 
 from __future__ import annotations
@@ -11,8 +12,13 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from posttrain.recipe.explain import Key
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- (measured|required|reference):(\w+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
@@ -59,13 +65,23 @@ def _listed(words: Sequence[str]) -> str:
 
 
 def keys_table() -> str:
-    """Every key once: those that all kinds of stage have alike stand under `stages.*`."""
-    from posttrain.recipe.explain import Key, keys
+    """Every key once: those of a stage's rewards, which stand in several places, as `rewards.KIND.KEY`."""
+    from posttrain.recipe.explain import keys
 
-    kinds = {key.path.split(".")[1] for key in keys() if key.path.startswith("stages.")}
+    first = "stages.grpo.rewards."
+    own = [key for key in keys() if not re.match(r"stages\.\w+\.(?:\w+\.)?rewards\.", key.path)]
+    rewards = [
+        replace(key, path="rewards." + key.path.removeprefix(first)) for key in keys() if key.path.startswith(first)
+    ]
+    return _table(("key", "takes", "default", "meaning"), [*_alike(own, "stages"), *_alike(rewards, "rewards")])
+
+
+def _alike(keys: Sequence[Key], of: str) -> list[tuple[str, ...]]:
+    """A line for each key; what all kinds of stage, or of reward, have alike stands once, under `*`."""
+    kinds = {key.path.split(".")[1] for key in keys if key.path.startswith(f"{of}.")}
     alike: dict[tuple[str, str, str], list[Key]] = {}
-    for key in keys():
-        path = re.sub(r"^stages\.\w+\.", "stages.*.", key.path)
+    for key in keys:
+        path = re.sub(rf"^{of}\.\w+\.", f"{of}.*.", key.path)
         alike.setdefault((path, key.takes, key.description), []).append(key)
     rows = []
     for (path, takes, description), same in alike.items():
@@ -73,7 +89,7 @@ def keys_table() -> str:
             name = path if len(group) > 1 else group[0].path
             default = " or ".join(dict.fromkeys(_default(key) for key in group))
             rows.append((f"`{name}`", takes, default, description.replace("\n", " ").replace("|", r"\|")))
-    return _table(("key", "takes", "default", "meaning"), rows)
+    return rows
 
 
 def _default(key: Any) -> str:
@@ -86,7 +102,52 @@ def shapes_table() -> str:
     return _table(("shape", "columns", "what it is"), ((f"`{n}`", s.columns, s.summary) for n, s in SHAPES.items()))
 
 
-REFERENCE = {"keys": keys_table, "shapes": shapes_table}
+def objectives_table() -> str:
+    from posttrain.recipe.objectives import OBJECTIVES
+
+    def values(o: Any) -> str:
+        return ", ".join(
+            f"`{name}` {str(value).lower() if isinstance(value, bool) else value}" for name, value in o.reads.items()
+        )
+
+    return _table(
+        ("`loss`", "of", "score", "what it is", "reads", "paper"),
+        (
+            (f"`{name}`", o.of, f"{o.score}, ratio" if o.reference else o.score, o.summary, values(o), o.paper)
+            for name, o in OBJECTIVES.items()
+        ),
+    )
+
+
+def rewards_table() -> str:
+    from posttrain.rewards import TABLE
+
+    return _table(("reward", "what it says", "source"), ((f"`{n}`", e.summary, e.paper) for n, e in TABLE.items()))
+
+
+def checks_table() -> str:
+    from posttrain.rewards.instructions import CHECKS
+
+    rows = ((f"`{name}`", ", ".join(signature(check.good).parameters)) for name, check in CHECKS.items())
+    return _table(("check of `instructions`", "settings"), rows)
+
+
+def tasks_table() -> str:
+    rows = json.loads((ROOT / "docs" / "measured" / "tasks.json").read_text(encoding="utf-8"))["rows"]
+    good = ", ".join(f"`{row['task']}`" for row in rows if row["holds"])
+    bad = [(f"`{row['task']}`", row["why"].replace("|", r"\|")) for row in rows if not row["holds"]]
+    lines = f"{len(rows) - len(bad)} of {len(rows)} hold on {rows[0]['items']} items: {good}.\n\n"
+    return lines + _table(("task that does not", "why"), bad)
+
+
+REFERENCE = {
+    "keys": keys_table,
+    "objectives": objectives_table,
+    "shapes": shapes_table,
+    "rewards": rewards_table,
+    "checks": checks_table,
+    "tasks": tasks_table,
+}
 WHOLE = {"engine": "the scripts of `make bench`"}
 """What a table of requirements names in place of many commands; the full table has them."""
 CONTENT = {

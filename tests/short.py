@@ -26,6 +26,7 @@ SETTINGS: dict[str, dict[str, str]] = {
         "evals.retention": "{rows: 2, max_new_tokens: 4}",
     },
     "reward.yaml": {"stages.reward.steps": "2", "stages.reward.batch_size": "1"},
+    "process.yaml": {"stages.process.steps": "2", "stages.process.batch_size": "1"},
     "dpo.yaml": {
         "stages.dpo.steps": "2",
         "stages.dpo.batch_size": "1",

@@ -264,7 +264,10 @@ def test_data_of_the_last_stage_is_looked_at_first(here: Path, capsys: pytest.Ca
 
 @pytest.mark.parametrize(
     ("kind", "words"),
-    [("dpo", "it holds no pair of a better and a worse answer"), ("grpo", "no verifier can score an answer to it")],
+    [
+        ("preference", "it holds no pair of a better and a worse answer"),
+        ("grpo", "no verifier can score an answer to it"),
+    ],
 )
 def test_rows_that_the_method_cannot_use(kind: str, words: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(write(recipe(kind=kind)), capsys)

@@ -19,7 +19,7 @@ from posttrain.cluster.rollouts import Pool, RolloutActor, cuts, pack, unpack
 from posttrain.models.policy import Policy, load
 from posttrain.recipe.schema import Lora, Sampling
 from posttrain.sampling.local import LocalSampler
-from posttrain.training.grpo import sampled_at
+from posttrain.training.rollouts import sampled_at
 from posttrain.training.world import ALONE
 
 HOW = Sampling(max_new_tokens=6)

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posttrain.credit.pairs import best_and_worst
+from posttrain.credit.pairs import best_and_worst, rankings
+from posttrain.records import Example, Rollout, Score
 
 
 @pytest.mark.parametrize(
@@ -37,3 +38,11 @@ def test_ties_are_broken_evenly():
     drawn = Counter(best_and_worst([1.0, 0.0, None, 1.0, 0.0], rng) for _ in range(4000))
     assert set(drawn) == {(0, 1), (0, 4), (3, 1), (3, 4)}
     assert all(abs(n - 1000) < 137 for n in drawn.values())
+
+
+def test_a_ranking_has_the_best_first_and_the_unscored_last():
+    """Three prompts of four answers; the second one's all score alike, so that there is nothing to rank."""
+    values = [0.5, None, 1.0, 0.5, 1.0, 1.0, None, 1.0, 0.0, 2.0, math.nan, 1.0]
+    rollouts = [Rollout(Example("e"), i // 4, (i // 4,), (i,), (0.0,), "", "stop", "") for i in range(12)]
+    scores = [Score(value, "wrong") for value in values]
+    assert rankings(rollouts, scores) == [[2, 0, 3, 1], [9, 11, 8, 10]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from test_data_chat import CHATML, make_tokenizer
 
 from posttrain.data import tasks
 from posttrain.data.chat import Renderer
-from posttrain.data.prepare import Need, Prepared, prepare, prompt_key, schedule
+from posttrain.data.prepare import Need, Prepared, prepare, prompt_key, prompted, schedule
+from posttrain.data.shapes import Malformed
 from posttrain.models.template import CHATML as BUILT_IN
 from posttrain.recipe.schema import Data
 from posttrain.records import Example, UserError
@@ -88,7 +90,7 @@ def test_nothing_left_says_why(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("need", "why"), [("pair", "no pair"), ("prompt", "no verifier")]
+    ("need", "why"), [("pair", "no pair"), ("label", "no label")]
 )  # fmt: skip
 def test_a_need_that_rows_do_not_meet(tmp_path: Path, need: Need, why: str) -> None:
     with pytest.raises(UserError, match=why):
@@ -102,15 +104,19 @@ def test_bad_answers_are_not_imitated_and_pairs_give_their_better_half(tmp_path:
     assert done.rows[0][0].rejected_ids == ()
 
 
-def test_prompts_of_tasks() -> None:
+def test_prompts_that_can_be_scored() -> None:
+    need = partial(prompted, lacks=lambda example: "" if example.task else "it has no task")
     source = {"source": "reasoning_gym/chain_sum", "rows": 6, "seed": 3}
-    renderer = Renderer(TOKENIZER)
-    done = prepare(Data(sources=(source,)), renderer, need="prompt", held_out=frozenset())  # type: ignore[arg-type]
+    renderer, turn = Renderer(TOKENIZER), {"role": "user", "content": "q"}
+    done = prepare(Data(sources=(source,)), renderer, need=need, held_out=frozenset())  # type: ignore[arg-type]
     examples = tasks.load("chain_sum", 6, 3, {})
     assert [r.prompt_ids for r in done.rows[0]] == [renderer.prompt_ids(e) for e in examples]
     held = frozenset(map(prompt_key, examples[:2]))
-    left = prepare(Data(sources=(source,)), renderer, need="prompt", held_out=held)  # type: ignore[arg-type]
+    left = prepare(Data(sources=(source,)), renderer, need=need, held_out=held)  # type: ignore[arg-type]
     assert [r.example for r in left.rows[0]] == examples[2:]
+    for example, why in ((Example("x", (turn,)), "no task"), (Example("x", task="t"), "no prompt")):
+        with pytest.raises(Malformed, match=why):
+            need(example, renderer)
 
 
 def test_digest_names_the_tokens_and_their_order(tmp_path: Path) -> None:

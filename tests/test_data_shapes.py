@@ -57,6 +57,17 @@ ROWS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
      {"prompt": [m(U, "q")], "completion": [m(A, "1 + 1 = 2\n#### 2")], "answer": "2"}),
     ("self_instruct", {"instruction": "q", "instances": [{"input": "", "output": "a"}], "is_classification": False},
      {"prompt": [m(U, "q")], "completion": [m(A, "a")]}),
+    ("prompt", {"prompt": "q", "answer": 3, "system": "s"}, {"prompt": [m("system", "s"), m(U, "q")], "answer": "3"}),
+    ("prompt", {"prompt": [m(U, "q")]}, {"prompt": [m(U, "q")], "answer": None}),
+    ("unit_tests", {"prompt": "def f():\n", "test": "def check(f):\n    assert f() == 1\n", "entry_point": "f",
+                    "canonical_solution": "    return 1\n"},
+     {"prompt": [m(U, "def f():\n")], "completion": [m(A, "def f():\n    return 1\n")],
+      "meta": {"tests": "def check(f):\n    assert f() == 1\n\ncheck(f)", "entry_point": "f", "prefix": "def f():\n"}}),
+    ("unit_tests", {"prompt": "Define x.", "test": "assert x"},
+     {"prompt": [m(U, "Define x.")], "meta": {"tests": "assert x"}}),
+    ("instructions", {"prompt": "q", "instruction_id_list": ["en:punctuation:no_comma", "startend:quotation"],
+                      "kwargs": [{}, {"unused": None}]},
+     {"prompt": [m(U, "q")], "meta": {"instructions": [["punctuation:no_comma", {}], ["startend:quotation", {}]]}}),
     ("text", {"text": "words", "id": 3}, {"text": "words"}),
 ]  # fmt: skip
 
@@ -134,7 +145,8 @@ def test_detection_goes_with_most_rows_and_gives_up_on_none() -> None:
 
 
 KEYS = """messages prompt completion chosen rejected conversations instruction input output history system tools label
-labels completions question answer text instances role content from value tool_calls"""
+labels completions question answer text instances test entry_point instruction_id_list kwargs role content from value
+tool_calls"""
 keys = st.sampled_from(KEYS.split())
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["user", "[1]"]),
@@ -153,4 +165,4 @@ def test_any_row_is_an_example_or_malformed(row: dict[str, Any]) -> None:
             continue
         for side in (example.completion, example.rejected):
             assert not side or side[-1]["role"] == "assistant"
-        assert example.text is not None or example.completion
+        assert example.text is not None or example.prompt

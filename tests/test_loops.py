@@ -18,11 +18,11 @@ import posttrain as pt
 from posttrain.data.chat import Renderer
 from posttrain.data.prepare import Prepared, prepare, schedule
 from posttrain.models import policy as models
-from posttrain.recipe.schema import Data, Dpo, Grpo, Optim, PairSampling, Sampling, Sft, Source
+from posttrain.recipe.schema import Data, Grpo, Optim, PairSampling, Preference, Sampling, Sft, Source
 from posttrain.sampling.local import LocalSampler
-from posttrain.training.dpo import DpoMethod, pairs_on_policy
 from posttrain.training.grpo import GrpoMethod
 from posttrain.training.loop import train
+from posttrain.training.preference import PreferenceMethod, judged_on_policy, referred
 from posttrain.training.sft import SftMethod
 
 SEED, LR, STEPS = 7, 3e-3, 4
@@ -108,15 +108,16 @@ def test_dpo(repo_root, tmp_path, fresh):
     configured, flat = fresh(), pt.Policy.of(fresh())
     loop = script(repo_root, "dpo")
     how = PairSampling(n=4, prompts=8, max_new_tokens=12)
-    stage = Dpo(id="dpo", kind="dpo", on_policy=how, beta=0.2, **COMMON)
+    stage = Preference(id="dpo", kind="preference", on_policy=how, beta=0.2, **COMMON)
     renderer, data = prepared(configured, "prompt")
-    pairs, _, _ = pairs_on_policy(configured, stage, data, LocalSampler(configured, renderer), by_letters, SEED)
+    sampled, _, _ = judged_on_policy(stage, data, LocalSampler(configured, renderer), Letters().score, SEED)
+    pairs, _ = referred(configured, stage, sampled)
 
     asked = schedule([len(data.rows[0])], [1.0], how.prompts, pt.derive(SEED, "dpo", "pair prompts"))
     written = loop.write_pairs(flat, Letters(), [data.rows[s][i].example for s, i in asked], how.n, SEED)
-    assert written == [(pair.chosen, pair.rejected) for pair in pairs[0]]
+    assert written == [pair.rows for pair in pairs[0]]
 
-    method = DpoMethod(stage, data, SEED, pairs)
+    method = PreferenceMethod(stage, data, SEED, pairs, configured)
     losses = list(loop.train(flat, ordered(method.order, [written]), LR, stage.beta))
     assert losses[0] == pytest.approx(0.693147, abs=1e-6)  # log 2: policy and reference are one
     assert losses[-1] < losses[0]
@@ -127,7 +128,7 @@ def test_grpo(repo_root, tmp_path, fresh):
     configured, flat = fresh(), pt.Policy.of(fresh())
     stage = Grpo(id="grpo", kind="grpo", n=4, sampling=Sampling(max_new_tokens=12), clip_high=0.28, **COMMON)
     renderer, data = prepared(configured, "prompt")
-    method = GrpoMethod(stage, data, configured, LocalSampler(configured, renderer), by_letters, SEED)
+    method = GrpoMethod(stage, data, configured, LocalSampler(configured, renderer), Letters().score, SEED)
     batches = [[r.example for r in batch] for batch in ordered(method.order, data.rows)]
     steps = list(script(repo_root, "grpo").train(flat, Letters(), batches, stage.n, LR, SEED))
     assert_same(configured, method, stage, tmp_path, flat, [loss for loss, _ in steps])

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from posttrain.losses import Counts, clipped_share, importance, policy_gradient, ratio, reduce_tokens
+from posttrain.losses import (
+    Counts,
+    cispo,
+    clipped_share,
+    entropy_bonus,
+    gmpo,
+    importance,
+    policy_gradient,
+    ratio,
+    reduce_tokens,
+    sapo,
+    vespo,
+)
 
 GARBAGE = [math.nan, math.inf, -math.inf, 1e30]
+LEVELS = ["token", "sequence", "sequence_token", "product"]
+POLICIES = {level: partial(policy_gradient, level=level) for level in LEVELS}
+POLICIES |= {"cispo": cispo, "sapo": sapo, "gmpo": gmpo, "vespo": vespo}
 
 
 def tensor(*values: float) -> torch.Tensor:
@@ -22,14 +38,19 @@ def every(T: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_ratio_by_hand():
-    """Token ratios 2, 8 | 3. Sequence 0: sqrt(2 * 8) = 4; sequence 1: 3. The token without loss reads 1."""
+    """Token ratios 2, 8 | 3. Sequence 0: sqrt(2 * 8) = 4, and 16 in all; sequence 1: 3. Without loss one reads 1."""
     logps_T = tensor(2, 8, 5, 3).log()
     target_T = torch.tensor([True, True, False, True])
     sequence_T = torch.tensor([0, 0, -1, 1])
-    by_token = ratio(logps_T, torch.zeros_like(logps_T), target_T, sequence_T)
-    by_sequence = ratio(logps_T, torch.zeros_like(logps_T), target_T, sequence_T, "sequence")
-    torch.testing.assert_close(by_token, tensor(2, 8, 1, 3))
-    torch.testing.assert_close(by_sequence, tensor(4, 4, 1, 3))
+    expected = {
+        "token": (2, 8, 1, 3),
+        "sequence": (4, 4, 1, 3),
+        "sequence_token": (4, 4, 1, 3),
+        "product": (16, 16, 1, 3),
+    }
+    for level, values in expected.items():
+        found_T = ratio(logps_T, torch.zeros_like(logps_T), target_T, sequence_T, level)
+        torch.testing.assert_close(found_T, tensor(*values))
 
 
 @pytest.mark.parametrize(
@@ -83,12 +104,13 @@ def test_clipped_share_adds_up_over_micro_batches():
 
 
 @pytest.mark.parametrize("how", ["token", "sequence", "constant"])
-@pytest.mark.parametrize("level", ["token", "sequence"])
-def test_on_policy_gradient_is_that_of_reinforce(level, how):
+@pytest.mark.parametrize("name", POLICIES)
+def test_on_policy_gradient_is_that_of_reinforce(name, how):
     """With w = 1, d w = d log pi, so the gradient is that of -A log pi; an advantage is one number per sequence.
 
     With one ratio per sequence each token carries the mean of the sequence's d log pi; summed over the sequence
-    that is the same, under every reduction that weighs a sequence's tokens alike.
+    that is the same, under every reduction that weighs a sequence's tokens alike. A product carries their sum, which
+    is the sequence's length times as much.
     """
     logps_T = tensor(-1, -2, -3, -0.5, -4).requires_grad_()
     advantages_T = tensor(2, 2, 2, -1, -1)
@@ -99,22 +121,124 @@ def test_on_policy_gradient_is_that_of_reinforce(level, how):
         loss = reduce_tokens(loss_T, target_T, counts, how=how, sequence_T=sequence_T, constant=6.0)
         return torch.autograd.grad(loss, logps_T)[0]
 
-    loss_T = policy_gradient(logps_T, logps_T, advantages_T, target_T, sequence_T, level=level)
-    torch.testing.assert_close(loss_T, -advantages_T)
-    torch.testing.assert_close(gradient(loss_T), gradient(-advantages_T * logps_T))
+    loss_T = POLICIES[name](logps_T, logps_T, advantages_T, target_T, sequence_T)
+    if name in (*LEVELS, "gmpo"):
+        torch.testing.assert_close(loss_T, -advantages_T)
+    length_T = tensor(3, 3, 3, 2, 2) if name == "product" else 1
+    torch.testing.assert_close(gradient(loss_T), length_T * gradient(-advantages_T * logps_T))
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
-def test_zero_advantages_give_a_zero_gradient(level):
-    logps_T = torch.randn(6, dtype=torch.float64, requires_grad=True)
-    loss_T = policy_gradient(logps_T, torch.zeros(6), torch.zeros(6), *every(6), level=level)
+def test_gspo_token_is_gspo_where_a_sequence_has_one_advantage():
+    """In value at each token, and in gradient once the tokens are summed; clipped sequences among them."""
+    logps, old = 0.4 * torch.randn(2, 40, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    target_T, sequence_T = torch.arange(40) % 7 != 0, torch.arange(40) // 4
+    advantages_T = tensor(1, 1, 2, -3, 0.5, 1, 1, -1, -1, 2)[sequence_T]
+    found = {}
+    for level in ("sequence", "sequence_token"):
+        leaf_T = logps.clone().requires_grad_()
+        loss_T = policy_gradient(leaf_T, old, advantages_T, target_T, sequence_T, level=level)
+        counts = Counts(sequences=10)
+        reduce_tokens(loss_T, target_T, counts, how="sequence", sequence_T=sequence_T).backward()
+        found[level] = loss_T.detach(), leaf_T.grad
+    for whole, by_token in zip(*found.values(), strict=True):
+        torch.testing.assert_close(by_token, whole)
+    cut = clipped_share(logps, old, advantages_T, target_T, sequence_T, Counts(tokens=40), level="sequence_token")
+    assert 0 < cut < 1
+
+
+def test_gspo_token_keeps_the_tokens_apart():
+    """Ratios 2 and 8, so 4 for both; advantages 1 and -3. Each token's slope is its own -A w."""
+    logps_T = tensor(2, 8).log().requires_grad_()
+    options = {"clip_low": None, "clip_high": None, "level": "sequence_token"}
+    loss_T = policy_gradient(logps_T, tensor(0, 0), tensor(1, -3), *every(2), **options)
     loss_T.sum().backward()
+    torch.testing.assert_close(loss_T.detach(), tensor(-4, 12))
+    torch.testing.assert_close(logps_T.grad, tensor(-4, 12))
+
+
+@pytest.mark.parametrize(
+    ("w", "cap", "weight"), [(2.0, 1.28, 1.28), (0.5, 1.28, 0.5), (2.0, 5.0, 2.0), (9.0, 5.0, 5.0)]
+)
+def test_cispo_by_hand(w, cap, weight):
+    """-min(w, cap) A log pi, the weight constant: by the paper cap = 1 + epsilon_high, by ScaleRL epsilon_max."""
+    logps_T = tensor(-0.7).requires_grad_()
+    loss_T = cispo(logps_T, tensor(-0.7 - math.log(w)), tensor(3), *every(1), cap=cap)
+    loss_T.sum().backward()
+    assert loss_T.item() == pytest.approx(weight * 3 * 0.7, abs=1e-12)
+    assert logps_T.grad.item() == pytest.approx(-weight * 3, abs=1e-12)
+
+
+@pytest.mark.parametrize(("advantage", "tau"), [(2.0, 1.0), (-2.0, 1.05), (-2.0, 3.0)])
+def test_sapo_by_hand(advantage, tau):
+    """-(4 / tau) s(tau (w - 1)) A at w = 2; its slope in log w is -4 s (1 - s) w A."""
+    logps_T = tensor(math.log(2)).requires_grad_()
+    loss_T = sapo(logps_T, tensor(0), tensor(advantage), *every(1), tau_negative=tau)
+    loss_T.sum().backward()
+    s = 1 / (1 + math.exp(-tau))
+    assert loss_T.item() == pytest.approx(-4 / tau * s * advantage, abs=1e-12)
+    assert logps_T.grad.item() == pytest.approx(-4 * s * (1 - s) * 2 * advantage, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("logs", "advantage", "mean", "slopes"),
+    [
+        # A > 0: held above, 0.6 at 0.4; A < 0: held below, -0.6 at -0.4. What is held has no gradient.
+        ((0.6, 0.1), 2.0, 0.25, (0, 0.5)),
+        ((-0.6, 0.1), 2.0, -0.25, (0.5, 0.5)),
+        ((-0.6, 0.1), -2.0, -0.15, (0, 0.5)),
+        ((0.6, 0.1), -2.0, 0.35, (0.5, 0.5)),
+    ],
+)
+def test_gmpo_by_hand(logs, advantage, mean, slopes):
+    logps_T = tensor(*logs).requires_grad_()
+    loss_T = gmpo(logps_T, tensor(0, 0), tensor(advantage, advantage), *every(2), clip=0.4)
+    loss_T[0].backward()
+    whole = -advantage * math.exp(mean)
+    assert loss_T.tolist() == pytest.approx([whole, whole], abs=1e-12)
+    assert logps_T.grad.tolist() == pytest.approx([whole * slope for slope in slopes], abs=1e-12)
+
+
+@pytest.mark.parametrize(("advantage", "phi"), [(1.0, 4 * math.exp(-3)), (-1.0, 8 * math.exp(-2))])
+def test_vespo_by_hand(advantage, phi):
+    """Ratios 4 and 1/2, so w = 2: w^2 e^(3 - 3w) = 4 e^-3 for A > 0, w^3 e^(2 - 2w) = 8 e^-2 for A < 0."""
+    logps_T = tensor(-1, -2).requires_grad_()
+    old_T = logps_T.detach() - tensor(4, 0.5).log()
+    loss_T = vespo(logps_T, old_T, tensor(advantage, advantage), *every(2))
+    loss_T.sum().backward()
+    assert loss_T.tolist() == pytest.approx([phi * advantage, 2 * phi * advantage], abs=1e-12)
+    assert logps_T.grad.tolist() == pytest.approx([-phi * advantage] * 2, abs=1e-12)
+
+
+def test_vespo_weight_is_1_at_1_largest_at_k_over_b_and_0_far_out():
+    logs = [-50.0, math.log(2 / 3) - 0.1, math.log(2 / 3), math.log(2 / 3) + 0.1, 0.0, 50.0]
+    low, before, peak, after, one, high = (
+        vespo(tensor(log - 1), tensor(-1), tensor(1), *every(1)).item() / (1 - log) for log in logs
+    )
+    assert one == pytest.approx(1, abs=1e-12)
+    assert peak > before > one
+    assert peak > after > one
+    assert abs(low) < 1e-12
+    assert high == 0
+
+
+def test_entropy_bonus_is_minus_the_entropy_at_target_tokens():
+    entropies_T = tensor(0.3, math.nan, 2.0).requires_grad_()
+    loss_T = entropy_bonus(entropies_T, torch.tensor([True, False, True]))
+    loss_T.sum().backward()
+    assert loss_T.tolist() == [-0.3, 0.0, -2.0]
+    assert entropies_T.grad.tolist() == [-1.0, 0.0, -1.0]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_zero_advantages_give_a_zero_gradient(name):
+    logps_T = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    POLICIES[name](logps_T, torch.zeros(6), torch.zeros(6), *every(6)).sum().backward()
     assert (logps_T.grad == 0).all()
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("garbage", GARBAGE)
-def test_what_stands_at_other_tokens_reaches_neither_value_nor_gradient(level, garbage):
+def test_what_stands_at_other_tokens_reaches_neither_value_nor_gradient(name, garbage):
     """Three tokens with loss, alone and between tokens that hold garbage in every argument."""
     logps, old, advantages = tensor(-1, -2, -0.3), tensor(-1.2, -1.9, -0.4), tensor(1, 1, -2)
     sequence = torch.tensor([0, 0, 1])
@@ -127,9 +251,7 @@ def test_what_stands_at_other_tokens_reaches_neither_value_nor_gradient(level, g
         leaf_T = place(logps, garbage).clone().detach().requires_grad_()
         target_T = place(torch.ones(3, dtype=torch.bool), False)
         sequence_T = place(sequence, 10**9)
-        loss_T = policy_gradient(
-            leaf_T, place(old, -garbage), place(advantages, garbage), target_T, sequence_T, level=level
-        )
+        loss_T = POLICIES[name](leaf_T, place(old, -garbage), place(advantages, garbage), target_T, sequence_T)
         weight_T = importance(leaf_T, place(old, -garbage), target_T)
         (loss_T * weight_T).sum().backward()
         assert (loss_T[~target_T] == 0).all()
@@ -140,46 +262,46 @@ def test_what_stands_at_other_tokens_reaches_neither_value_nor_gradient(level, g
         torch.testing.assert_close(between, alone, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
-def test_all_masked_is_zero(level):
+@pytest.mark.parametrize("name", POLICIES)
+def test_all_masked_is_zero(name):
     logps_T = torch.full((3,), -math.inf, requires_grad=True)
     nowhere_T = torch.zeros(3, dtype=torch.bool)
-    loss_T = policy_gradient(logps_T, logps_T, torch.ones(3), nowhere_T, torch.zeros(3, dtype=torch.long), level=level)
+    loss_T = POLICIES[name](logps_T, logps_T, torch.ones(3), nowhere_T, torch.zeros(3, dtype=torch.long))
     loss_T.sum().backward()
     assert loss_T.tolist() == logps_T.grad.tolist() == [0.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 @pytest.mark.parametrize("log_w", [-1000.0, 1000.0])
-def test_an_absurd_ratio_does_not_overflow(level, advantage, log_w):
+def test_an_absurd_ratio_does_not_overflow(name, advantage, log_w):
     """e^1000 is inf in float32, and inf times the 0 slope of the clip would be NaN."""
     logps_T = torch.tensor([log_w], requires_grad=True)
-    loss_T = policy_gradient(logps_T, torch.zeros(1), torch.tensor([advantage]), *every(1), level=level)
+    loss_T = POLICIES[name](logps_T, torch.zeros(1), torch.tensor([advantage]), *every(1))
     loss_T.sum().backward()
     assert loss_T.isfinite().all()
-    assert logps_T.grad.tolist() == [0.0]
+    # CISPO holds its weight, and the token still teaches.
+    expected = -5 * advantage if name == "cispo" and log_w > 0 else 0
+    assert logps_T.grad.item() == pytest.approx(expected, abs=1e-8)
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
-def test_a_nan_at_a_target_is_not_hidden(level):
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_nan_at_a_target_is_not_hidden(name):
     """Masking must not swallow what the non-finite guard has to see."""
     logps_T = torch.tensor([math.nan, -1.0])
-    assert policy_gradient(logps_T, torch.zeros(2), torch.ones(2), *every(2), level=level)[0].isnan()
+    assert POLICIES[name](logps_T, torch.zeros(2), torch.ones(2), *every(2))[0].isnan()
     assert importance(logps_T, torch.zeros(2), every(2)[0])[0].isnan()
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
-def test_order_does_not_matter(level):
+@pytest.mark.parametrize("name", POLICIES)
+def test_order_does_not_matter(name):
     rng = torch.Generator().manual_seed(1)
     logps, old, advantages = torch.randn(3, 8, generator=rng, dtype=torch.float64)
     target_T = torch.tensor([1, 1, 0, 1, 1, 0, 1, 1], dtype=torch.bool)
     sequence_T = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
     order = torch.randperm(8, generator=rng)
-    loss_T = policy_gradient(logps, old, advantages, target_T, sequence_T, level=level)
-    mixed_T = policy_gradient(
-        logps[order], old[order], advantages[order], target_T[order], sequence_T[order], level=level
-    )
+    loss_T = POLICIES[name](logps, old, advantages, target_T, sequence_T)
+    mixed_T = POLICIES[name](logps[order], old[order], advantages[order], target_T[order], sequence_T[order])
     torch.testing.assert_close(mixed_T, loss_T[order])
 
 
@@ -203,17 +325,23 @@ def test_importance_weights_make_an_off_policy_average_exact():
     torch.testing.assert_close((q_V.exp() * weight_V * f_V).sum(), (p_V.exp() * f_V).sum())
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("ratio_cap", [None, 1.5])
-def test_gradients_agree_with_finite_differences(level, ratio_cap):
+@pytest.mark.parametrize(
+    "loss",
+    [
+        *(partial(policy_gradient, level=level) for level in ("token", "sequence", "product")),
+        partial(policy_gradient, ratio_cap=1.5),
+        sapo,
+        partial(sapo, level="sequence"),
+        gmpo,
+    ],
+)
+def test_gradients_agree_with_finite_differences(loss):
+    """Of those without a stopped gradient; the others' is by hand above."""
     rng = torch.Generator().manual_seed(3)
     logps, old, advantages = 0.5 * torch.randn(3, 8, generator=rng, dtype=torch.float64)
     target_T = torch.tensor([1, 1, 0, 1, 1, 0, 1, 1], dtype=torch.bool)
     sequence_T = torch.tensor([0, 0, 0, 1, 1, 1, 1, 2])
-    assert torch.autograd.gradcheck(
-        lambda x: policy_gradient(x, old, advantages, target_T, sequence_T, ratio_cap=ratio_cap, level=level),
-        (logps.requires_grad_(),),
-    )
+    assert torch.autograd.gradcheck(lambda x: loss(x, old, advantages, target_T, sequence_T), (logps.requires_grad_(),))
 
 
 def test_float32_stays_float32_and_half_is_widened():

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny
 from tiny import tiny_model, tiny_policy, tiny_tokenizer
-from tiny_runs import SEED, answered, asked, paired, prepared, stage_of
+from tiny_runs import SEED, answered, asked, labelled, paired, prepared, stage_of
 
 from posttrain.data.prepare import Prepared
 from posttrain.pipeline.memory import Terms, fit, stage_memory, told
@@ -17,7 +17,8 @@ from posttrain.pipeline.plan import plan
 from posttrain.recipe.schema import Lora, Recipe
 from posttrain.records import UserError
 
-DATA = {"sft": answered, "dpo": paired, "dpo on-policy": asked, "grpo": asked}
+DATA = {"sft": answered, "dpo": paired, "dpo on-policy": asked, "bco_unpaired": labelled}
+DATA |= {"grpo": asked, "ppo": asked}
 
 
 def data_of(name: str) -> Prepared:
@@ -29,14 +30,14 @@ def terms_of(name: str, adapter: Lora | None = None, **settings: Any) -> Terms:
 
 
 @pytest.mark.parametrize("adapter", [None, Lora(r=4)])
-@pytest.mark.parametrize("name", ["sft", "dpo", "dpo on-policy", "grpo"])
+@pytest.mark.parametrize("name", DATA)
 def test_every_kind_of_stage_is_counted(name: str, adapter: Lora | None) -> None:
     policy = tiny_policy(adapter=adapter)
     terms = stage_memory(stage_of(name), data_of(name), policy, SEED)
     trained = sum(p.nbytes for p in policy.parameters().values())
     assert terms["weights"] == sum(p.nbytes for p in policy.model.parameters())
     assert terms["optimiser"] == 2 * trained
-    assert ("reference" in terms) == (name == "grpo")  # the one with a KL weight
+    assert ("reference" in terms) == (name in ("grpo", "ppo"))  # those with a KL weight
     assert all(size >= 0 for size in terms.values())
 
 
@@ -114,3 +115,14 @@ def test_a_mixture_whose_routing_needs_values_is_planned_without_its_peak(
     assert "peak memory: not predicted: MixtralForCausalLM does not run without values" in planned.text()
     with pytest.raises(UserError, match=r"'a': memory_gb: no pass can be picked.*set tokens_per_forward"):
         plan(recipe_of(tmp_path, "mixtral", memory_gb=1.0))
+
+
+def test_a_second_model_counts_where_it_is_larger_than_a_step(tmp_path: Path) -> None:
+    """Its log-probabilities are taken before training, so that one of the two is the peak."""
+    other = tiny_policy(intermediate_size=8192)
+    other.save(tmp_path / "other")
+    plain = terms_of("dpo")
+    terms = terms_of("dpo", reference={"source": str(tmp_path / "other")})
+    size = sum(p.nbytes for p in other.model.parameters())
+    assert terms["reference"] == size > sum(plain[name] for name in ("gradients", "activations", "work"))
+    assert "activations" not in terms

@@ -49,7 +49,7 @@ def recipe_of(model: Path, adapter: bool = False) -> dict:
             },
             {
                 "id": "dpo",
-                "kind": "dpo",
+                "kind": "preference",
                 "data": data(2),
                 "steps": 5,
                 "batch_size": 4,

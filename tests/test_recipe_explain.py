@@ -30,6 +30,7 @@ def test_defaults_shown_are_those_a_recipe_gets() -> None:
     stage = {"id": "a", "kind": "grpo", "steps": 1, "data": {"sources": [{"source": "x.jsonl"}]}}
     recipe = Recipe.model_validate({"schema": 1, "name": "n", "model": {"source": "m"}, "stages": [stage]})
     got = recipe.stages[0].model_dump(mode="json", by_alias=True)
+    got["rewards"] = [{"kind": "verifier"}]  # the other keys of an entry have defaults of their own
     for key in keys():
         head, _, name = key.path.removeprefix("stages.grpo.").partition(".")
         if not key.path.startswith("stages.grpo.") or key.default.startswith(("none;", "its keys'")):
@@ -51,11 +52,11 @@ def test_text_has_type_range_default_and_meaning() -> None:
     assert "none; it must be given" in explain("stages.sft.steps")
 
 
-KINDS = ("sft", "dpo", "reward_model", "grpo")
+KINDS = ("sft", "preference", "reward_model", "process_reward_model", "grpo", "ppo")
 
 
 def test_blocks_list_their_keys_and_kinds_their_paper() -> None:
-    assert "2305.18290" in explain("stages.dpo")
+    assert "2305.18290" in explain("stages.preference")
     assert "2106.09685" in explain("model.adapter")
     assert all(f"    {name} " in explain("stages") for name in KINDS)
 
@@ -64,7 +65,7 @@ def test_an_ending_names_one_key_of_several_kinds_with_each_default() -> None:
     assert [k.path for k in lookup("optim.lr")] == [f"stages.{kind}.optim.lr" for kind in KINDS]
     text = explain("optim.lr")
     assert "0.0002 (stages.sft.optim.lr)" in text
-    assert "5e-05 (stages.dpo.optim.lr, stages.grpo.optim.lr)" in text
+    assert "5e-05 (stages.preference.optim.lr, stages.grpo.optim.lr, stages.ppo.optim.lr)" in text
 
 
 def test_ambiguous_and_unknown_keys() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from posttrain.recipe.load import MAX_BYTES, load, parse, resolved
-from posttrain.recipe.schema import Dpo, Gate, Grpo, Optim, Recipe, Sft
+from posttrain.recipe.schema import Gate, Grpo, Optim, Preference, Recipe, Sft
 from posttrain.records import UserError
 
 GOOD = """\
@@ -75,7 +75,7 @@ def test_json_round_trip_is_the_same_recipe() -> None:
         ("    steps: 4", "    steps: 0", "r.yaml:8: stages.0.steps: must be a whole number, at least 1, not 0"),
         ("    steps: 4", "    steps: 4\n    lr: 1", "r.yaml:9: stages.0.lr: unknown key (did you mean `optim.lr`?)"),
         ("kind: grpo", "kind: gpro", "r.yaml:13: stages.1.kind: unknown kind 'gpro' (did you mean `grpo`?)"),
-        ("    kind: grpo\n", "", "r.yaml:12: stages.1.kind: missing; it takes `sft`, `dpo`, `reward_model`, `grpo`"),
+        ("    kind: grpo\n", "", "r.yaml:12: stages.1.kind: missing; it takes `sft`, `preference`, `reward_model`, "),
         ("    steps: 2\n", "", "r.yaml:12: stages.1.steps: missing; it takes a whole number, at least 1"),
         ("  source: pip:pkg/m.gguf", "  source: no\n  adapter: {r: 8, targets: 1}", "or a list of texts, not 1"),
         ("name: demo", "name: 2", "r.yaml:2: name: must be text, pattern"),
@@ -288,7 +288,7 @@ def test_partly_written_optim_keeps_the_defaults_of_its_kind() -> None:
     assert recipe.stages[0].optim == Optim(weight_decay=0.1)
     play = recipe.stages[1].model_dump()
     assert Grpo(**{**play, "optim": {"lr": 0.5}}).optim == Optim(lr=0.5, schedule="constant")
-    assert Dpo.model_fields["optim"].get_default(call_default_factory=True) == Optim(lr=5e-5)
+    assert Preference.model_fields["optim"].get_default(call_default_factory=True) == Optim(lr=5e-5)
     assert Sft.model_fields["optim"].get_default(call_default_factory=True) == Optim()
 
 

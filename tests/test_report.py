@@ -31,6 +31,7 @@ SUITES = {  # id: (role, accuracy at base, sft, dpo, grpo)
     "word-sorting": ("neighbour", (0.31, 0.26, 0.235, 0.22)),
 }
 KINDS = ("sft", "dpo", "grpo")
+KIND = {"sft": "sft", "dpo": "preference", "grpo": "grpo"}
 N = 200
 
 
@@ -71,7 +72,7 @@ def _metrics(kind: str, steps: int, rng: random.Random) -> list[dict[str, float]
 def make_run(folder: Path, seed: int = 0) -> Path:
     """A finished run of three stages."""
     rng = random.Random(seed)
-    stages = [{"id": kind, "kind": kind, "from": None, "steps": 60} for kind in KINDS]
+    stages = [{"id": kind, "kind": KIND[kind], "from": None, "steps": 60} for kind in KINDS]
     _dump(
         folder / "resolved.json",
         {
@@ -105,7 +106,7 @@ def make_run(folder: Path, seed: int = 0) -> Path:
             base / "stage.json",
             {
                 "id": kind,
-                "kind": kind,
+                "kind": KIND[kind],
                 "from": KINDS[i - 1] if i else "base",
                 "inputs": {"model": f"sha256:{i:064x}"},
                 "artifact": {
@@ -514,6 +515,24 @@ def test_a_file_being_written_is_read_as_far_as_it_goes(run: Path, tmp_path: Pat
     assert "unreadable: evals.json" in page.text
 
 
+def test_counts_are_bars_of_the_whole_stage(run: Path, tmp_path: Path) -> None:
+    """Lengths 1 of 4 and 3 of 4; rewards 0.5 and 1.5 of one, 4.5 of three."""
+    shutil.copytree(run, tmp_path / "run")
+    rows = [
+        {"step": 1, "ratio_counts": {"to 1": 5, "above 1": 0}, "length_counts": {"1 to 8": 1, "9 to 16": 1}},
+        {"step": 2, "ratio_counts": {"to 1": 5, "above 1": 30}, "length_counts": {"1 to 8": 0, "9 to 16": 2}},
+    ]
+    rows[0]["length_rewards"], rows[1]["length_rewards"] = {"1 to 8": 0.5, "9 to 16": 1.5}, {"1 to 8": 0, "9 to 16": 3}
+    _lines(tmp_path / "run/stages/grpo/metrics.jsonl", rows)
+    page = Page(render(tmp_path / "run"))
+    assert "to 1: 25.0 %; above 1: 75.0 %" in page.text
+    assert "1 to 8: 25.0 %; 9 to 16: 75.0 %" in page.text
+    assert "1 to 8: 0.500; 9 to 16: 1.50" in page.text
+    rows[0]["ratio_counts"] = {"to 1": "many"}
+    _lines(tmp_path / "run/stages/grpo/metrics.jsonl", rows[:1])
+    assert "importance ratios of the stage" not in Page(render(tmp_path / "run")).text
+
+
 def test_no_run_and_no_room_are_user_errors(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"resolved\.json is missing"):
         render(tmp_path)
@@ -547,6 +566,13 @@ def test_items_are_chosen_in_proportion_and_always_the_same() -> None:
     chosen = choose(groups, 8)
     assert [change for change, _ in chosen] == ["gained"] * 5 + ["lost"] + ["still right"] * 3
     assert chosen == choose({k: v[::-1] for k, v in groups.items()}, 8)
+
+
+def test_bars_begin_at_a_common_zero() -> None:
+    """-1 to 3 over 152 units: zero stands a quarter of the way, at 130; the bars are 38 and 114 wide."""
+    svg = str(charts.bars("t", {"a": -1.0, "b": 3.0, "c": 0.0}, text.number))
+    bars = re.findall(r'<rect x="([\d.]+)" y="\d+" width="([\d.]+)"', svg)
+    assert bars == [("92.0", "38.0"), ("130.0", "114.0"), ("130.0", "0.0")]
 
 
 def test_ticks_reach_over_the_values() -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from rewarded import said
 
 from posttrain.data import tasks
 from posttrain.records import Example, UserError
-from posttrain.rewards import TABLE
-from posttrain.rewards.verifier import prove, score
+from posttrain.rewards.prove import prove
+from posttrain.rewards.verifier import RULE, score, verify
 
 SUM = tasks.load("chain_sum", 1, 0, {})[0]
 
@@ -64,21 +67,21 @@ def test_answers_are_never_run_as_code(name: str, tmp_path: Path) -> None:
     assert score(example, "9**9**9**9").value == 0.0  # and not an endless computation
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "chain_sum",
-        "basic_arithmetic",
-        "products",
-        "gcd",
-        "leg_counting",
-        "countdown",
-        "spell_backward",
-        "simple_equations",
-    ],
+SOUND = (
+    "chain_sum",
+    "basic_arithmetic",
+    "products",
+    "gcd",
+    "leg_counting",
+    "countdown",
+    "spell_backward",
+    "simple_equations",
 )
+
+
+@pytest.mark.parametrize("name", SOUND)
 def test_sound_tasks_are_proven(name: str) -> None:
-    assert prove(f"reasoning_gym/{name}", tasks.load(name, 16, 5, {})) == []
+    assert prove(RULE, tasks.load(name, 16, 5, {}), score) == []
 
 
 @pytest.mark.parametrize(
@@ -90,20 +93,34 @@ def test_sound_tasks_are_proven(name: str) -> None:
         ("time_intervals", "the answer twice earned 1.0"),
         ("puzzle24", "one constant is right for"),
         ("prime_factorization", "garbage earned None"),
-        ("rush_hour", "no reference answer"),
+        ("rush_hour", "no answer known to be right"),
         ("simple_integration", "would run the answer as code"),
     ],
 )
 def test_tasks_that_can_be_fooled_are_not(name: str, why: str) -> None:
-    assert any(why in failure for failure in prove(f"reasoning_gym/{name}", tasks.load(name, 16, 5, {})))
+    assert any(why in failure for failure in prove(RULE, tasks.load(name, 16, 5, {}), score))
 
 
-def test_a_proof_needs_examples_and_the_table_names_papers() -> None:
+def test_a_proof_needs_examples() -> None:
     with pytest.raises(UserError, match="no example"):
-        prove("reasoning_gym/chain_sum", [])
-    assert all(entry.summary and entry.paper for entry in TABLE.values())
+        prove(RULE, [], score)
+
+
+def test_a_batch_is_scored_in_its_order() -> None:
+    texts = [SUM.answer or "", "98765432", "?"]
+    assert [s.value for s in verify([said(text, SUM) for text in texts])] == [1.0, 0.0, 0.0]
 
 
 def test_scorers_that_print_do_not(capsys: pytest.CaptureFixture[str]) -> None:
-    prove("reasoning_gym/tower_of_hanoi", tasks.load("tower_of_hanoi", 8, 1, {}))
+    prove(RULE, tasks.load("tower_of_hanoi", 8, 1, {}), score)
     assert capsys.readouterr().out == ""
+
+
+def test_the_kept_audit_speaks_of_every_task(repo_root: Path) -> None:
+    kept = json.loads((repo_root / "docs/measured/tasks.json").read_text(encoding="utf-8"))
+    holds = {row["task"]: row["holds"] for row in kept["rows"]}
+    assert list(holds) == tasks.names()
+    assert all(row["holds"] == (not row["why"]) for row in kept["rows"])
+    assert all(holds[name] for name in SOUND)
+    assert not any(holds[name] for name in ("coin_flip", "knights_knaves", "puzzle24", "rush_hour"))
+    assert kept["reasoning_gym"] == version("reasoning_gym"), "run `python benchmarks/audit.py` again"

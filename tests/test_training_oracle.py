@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from tiny import tiny_policy
-from tiny_runs import dpo, method_of, sft, stage_of
+from tiny_runs import method_of, preference, sft, stage_of
 
 from posttrain.forest.attention import Tree
 from posttrain.recipe.schema import Lora
@@ -64,5 +64,5 @@ def test_a_wrong_attention_stops_the_run_before_its_first_step(tmp_path, monkeyp
 def test_rows_are_taken_up_to_a_bound_in_whole_units():
     policy = tiny_policy()
     stage = stage_of("dpo", steps=1, batch_size=4)
-    batch = dpo(policy, stage).batch(0)
+    batch = preference(policy, stage).batch(0)
     assert oracle.compare(policy, sft(stage_of("sft", steps=1)), batch, tokens=1)["rows"] == 2

@@ -13,17 +13,39 @@ from tiny import tiny_policy, tiny_tokenizer
 
 from posttrain.data.chat import Rendered, Renderer
 from posttrain.data.prepare import Prepared
+from posttrain.data.steps import solution
 from posttrain.models.policy import Policy
 from posttrain.models.reward import reward_model
-from posttrain.recipe.schema import Dpo, Grpo, Lora, RewardModel, Sft, StageBase
-from posttrain.records import Example, Ledger, Score
+from posttrain.recipe.objectives import OBJECTIVES
+from posttrain.recipe.schema import (
+    Grpo,
+    Lora,
+    Ppo,
+    Preference,
+    ProcessRewardModel,
+    RewardModel,
+    ScoringStage,
+    Sft,
+    StageBase,
+)
+from posttrain.records import Example, Ledger, Rollout, Score
 from posttrain.sampling.local import LocalSampler
 from posttrain.training.batch import Batch, Method
-from posttrain.training.dpo import DpoMethod, pairs_from_data, pairs_on_policy, read_pairs, write_pairs
 from posttrain.training.grpo import GrpoMethod
 from posttrain.training.loop import TIMES, train
+from posttrain.training.ppo import PpoMethod
+from posttrain.training.preference import (
+    PreferenceMethod,
+    judged_from_data,
+    judged_on_policy,
+    read_judged,
+    referred,
+    write_judged,
+)
+from posttrain.training.process_reward import ProcessRewardMethod
 from posttrain.training.reward import RewardMethod, ends
 from posttrain.training.sft import SftMethod
+from posttrain.training.world import ALONE, World
 
 SEED = 3
 QUESTIONS = (
@@ -83,20 +105,77 @@ def paired() -> list[Example]:
     ]
 
 
+def labelled() -> list[Example]:
+    """Every third answer is bad."""
+    return [
+        Example(f"l:{i}", (turn("user", q),), (turn("assistant", a),), label=i % 3 > 0)
+        for i, (q, a) in enumerate(zip(QUESTIONS, ANSWERS, strict=True))
+    ]
+
+
+def solved() -> Prepared:
+    """Solutions of one to three steps with labels of every sort."""
+    marks: tuple[tuple[float | None, ...], ...] = ((True, None, 0.25), (False, 0.75), (1.0,))
+    rows = []
+    for i, question in enumerate(QUESTIONS):
+        steps = tuple(turn("assistant", ANSWERS[i - k]) for k in range(len(marks[i % 3])))
+        rows += solution(Example(f"s:{i}", (turn("user", question),), steps, step_labels=marks[i % 3]), RENDERER)
+    return Prepared((tuple(rows),), (1.0,), {})
+
+
 def lengths(example: Example, text: str) -> Score:
     """A toy reward that even a random model's answers differ in."""
     value = len(text) % 3 / 2
     return Score(value, "correct" if value == 1 else "wrong")
 
 
+def scorer(score: Callable[[Example, str], Score]) -> Callable[[Sequence[Rollout]], list[Score]]:
+    """One answer at a time, as what scores a whole batch."""
+    return lambda rollouts: [score(rollout.example, rollout.text) for rollout in rollouts]
+
+
 OPTIM = {"lr": 1e-2, "schedule": "cosine", "weight_decay": 0.1}
 STAGES: dict[str, tuple[type[StageBase], dict[str, Any]]] = {
     "sft": (Sft, {"kind": "sft"}),
-    "dpo": (Dpo, {"kind": "dpo"}),
-    "dpo on-policy": (Dpo, {"kind": "dpo", "on_policy": {"n": 4, "prompts": 6, "max_new_tokens": 6}}),
+    "dpo": (Preference, {"kind": "preference"}),
+    "dpo on-policy": (Preference, {"kind": "preference", "on_policy": {"n": 4, "prompts": 6, "max_new_tokens": 6}}),
+    "aot": (Preference, {"kind": "preference", "loss": "aot"}),
+    "bco_unpaired": (Preference, {"kind": "preference", "loss": "bco_unpaired"}),
     "reward_model": (RewardModel, {"kind": "reward_model", "centring": 0.01}),
+    "process_reward_model": (ProcessRewardModel, {"kind": "process_reward_model"}),
     "grpo": (Grpo, {"kind": "grpo", "n": 4, "sampling": {"max_new_tokens": 6}, "kl_weight": 0.1}),
     "grpo twice": (Grpo, {"kind": "grpo", "n": 4, "sampling": {"max_new_tokens": 6}, "iterations": 2}),
+    "grpo all": (
+        Grpo,
+        {
+            "kind": "grpo",
+            "n": 4,
+            "sampling": {"max_new_tokens": 6},
+            "advantage": "leave_one_out",
+            "aggregate": "sum",
+            "kl_weight": 0.1,
+            "kl_in": "reward",
+            "kl_estimator": "k1",
+            "reference_reset": 4,
+            "curriculum": 2,
+            "max_draws": 3,
+            "entropy_weight": 0.01,
+            "iterations": 1,
+            "minibatches": 2,
+        },
+    ),
+    "ppo": (
+        Ppo,
+        {
+            "kind": "ppo",
+            "sampling": {"max_new_tokens": 6},
+            "iterations": 2,
+            "minibatches": 2,
+            "batch_size": 6,
+            "kl_target": 0.5,
+            "missing_eos_penalty": 0.1,
+        },
+    ),
 }
 
 
@@ -111,18 +190,25 @@ def sft(stage: Sft, data: Prepared | None = None) -> SftMethod:
     return SftMethod(stage, data or prepared(answered()), SEED)
 
 
-def dpo(policy: Policy, stage: Dpo, folder: Path | None = None, data: Prepared | None = None) -> DpoMethod:
-    """Pairs from the data; on-policy pairs are kept in `folder`, and read from it the next time."""
+def preference(
+    policy: Policy,
+    stage: Preference,
+    folder: Path | None = None,
+    data: Prepared | None = None,
+    world: World = ALONE,
+) -> PreferenceMethod:
+    """Pairs or labelled answers from the data; what is sampled is kept in `folder`, and read from it the next time."""
     if stage.on_policy is None:
-        data = data or prepared(paired())
-        return DpoMethod(stage, data, SEED, pairs_from_data(policy, stage, data, SEED))
+        data = data or prepared(labelled() if OBJECTIVES[stage.loss].of == "answers" else paired())
+        judged, _ = referred(policy, stage, judged_from_data(policy, stage, data, SEED), world)
+        return PreferenceMethod(stage, data, SEED, judged, policy, world)
     assert folder is not None
-    data = data or prepared(asked())
-    path = folder / "pairs.jsonl"
+    data = data or prepared(answered()[:6] if stage.loss == "tpo" else asked())
+    path = folder / "judged.jsonl"
     if not path.exists():
-        pairs, _, _ = pairs_on_policy(policy, stage, data, LocalSampler(policy, RENDERER), lengths, SEED)
-        write_pairs(path, pairs)
-    return DpoMethod(stage, data, SEED, read_pairs(path, len(data.rows)))
+        judged, _, _ = judged_on_policy(stage, data, LocalSampler(policy, RENDERER), scorer(lengths), SEED)
+        write_judged(path, referred(policy, stage, judged)[0])
+    return PreferenceMethod(stage, data, SEED, read_judged(path, len(data.rows)), policy)
 
 
 def grpo(
@@ -133,7 +219,12 @@ def grpo(
     data: Prepared | None = None,
 ) -> GrpoMethod:
     sampler = sampler or LocalSampler(policy, RENDERER)
-    return GrpoMethod(stage, data or prepared(asked()), policy, sampler, score, SEED)
+    return GrpoMethod(stage, data or prepared(asked()), policy, sampler, scorer(score), SEED)
+
+
+def ppo(policy: Policy, stage: Ppo, score: Callable[[Example, str], Score] = lengths, sampler: Any = None) -> PpoMethod:
+    sampler = sampler or LocalSampler(policy, RENDERER)
+    return PpoMethod(stage, prepared(asked()), policy, sampler, scorer(score), SEED)
 
 
 def method_of(name: str, policy: Policy, stage: Any, folder: Path | None = None) -> Method:
@@ -141,7 +232,11 @@ def method_of(name: str, policy: Policy, stage: Any, folder: Path | None = None)
         return sft(stage)
     if name == "reward_model":
         return RewardMethod(stage, prepared(paired()), SEED)
-    return dpo(policy, stage, folder) if name.startswith("dpo") else grpo(policy, stage)
+    if name == "process_reward_model":
+        return ProcessRewardMethod(stage, solved(), SEED)
+    if isinstance(stage, Ppo):
+        return ppo(policy, stage)
+    return preference(policy, stage, folder) if isinstance(stage, Preference) else grpo(policy, stage)
 
 
 def run(
@@ -155,7 +250,7 @@ def run(
     """Everything built anew, as a command would, and trained; `change` may tamper before the first step."""
     policy = tiny_policy(adapter=adapter)
     stage = stage_of(name, **settings)
-    if name == "reward_model":
+    if isinstance(stage, ScoringStage):
         policy = reward_model(policy, ends(prepared(paired())), SEED)
     method = method_of(name, policy, stage, folder)
     change(method, policy)

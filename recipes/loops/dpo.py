@@ -39,7 +39,7 @@ def train(policy: pt.Policy, batches: Iterable[Sequence[Pair]], lr: float, beta:
         with policy.swapped(reference):
             ref_chosen_P, ref_rejected_P = sums(forest, policy.logprobs(forest))
         chosen_P, rejected_P = sums(forest, policy.logprobs(forest))
-        loss_P = pt.losses.dpo(chosen_P, rejected_P, ref_chosen_P, ref_rejected_P, beta=beta)
+        loss_P = pt.losses.logistic(chosen_P - ref_chosen_P, rejected_P - ref_rejected_P, beta=beta)
         loss = pt.losses.reduce_pairs(loss_P, pt.losses.Counts(pairs=len(pairs)))
         opt.step(loss)
         yield loss.item()

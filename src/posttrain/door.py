@@ -28,7 +28,7 @@ from posttrain.losses import Counts
 from posttrain.models import policy as models
 from posttrain.recipe.schema import Block, Lora, Optim, Sampling
 from posttrain.records import Example, Failure, Rollout, Score, UserError, derive
-from posttrain.rewards.verifier import score
+from posttrain.rewards.verifier import verify
 from posttrain.sampling.local import LocalSampler
 from posttrain.training.batch import chosen
 from posttrain.training.optim import adamw, clip
@@ -184,7 +184,7 @@ class Task:
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
         """What the task's verifier says of each."""
-        return [score(rollout.example, rollout.text) for rollout in rollouts]
+        return verify(rollouts)
 
     def accuracy(self, policy: Policy, examples: Sequence[Example], max_new_tokens: int = 24) -> float:
         """Share of the examples that the policy, decoding greedily, answers right."""

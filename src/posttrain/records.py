@@ -40,8 +40,8 @@ class Example:
     """Unpaired feedback on `completion`: good or bad."""
     margin: float | None = None
     """By how much `completion` is better than `rejected`, where that was judged; in units of a reward."""
-    step_labels: tuple[bool | None, ...] = ()
-    """Process labels, one for each assistant turn of `completion`."""
+    step_labels: tuple[float | None, ...] = ()
+    """Of a solution in steps, one for each turn of `completion`: good or bad, or the chance that it is good."""
     text: str | None = None
     """Raw text for continued pre-training; the conversation is then empty."""
     tools: tuple[Mapping[str, Any], ...] = ()
@@ -50,6 +50,8 @@ class Example:
     answer: str | None = None
     """A reference answer, where one is known."""
     meta: Mapping[str, Any] = field(default_factory=dict)
+    begun: tuple[int, ...] = ()
+    """Tokens of an answer that a sampler is to go on from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,8 @@ class Score:
     extracted: str | None = None
     """The answer as the scorer read it out of the completion."""
     why: str = ""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """What each reward gave, by its name and before its weight, where the value is made of several."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ from posttrain.machine import peak_memory, tune
 from posttrain.models.disk import write_text
 from posttrain.models.policy import Policy
 from posttrain.pipeline.stages import Job, Say, Trainer, learn
-from posttrain.recipe.schema import Dpo, Grpo
+from posttrain.recipe.schema import Ppo, Preference, Rl
 from posttrain.records import Failure, Ledger, UserError
 from posttrain.training.world import Distributed
 
@@ -113,7 +113,9 @@ def cluster(address: str, layout: Layout) -> Iterator[Trainer]:
 
 def _train(layout: Layout, gpus: bool, job: Job, start: Policy, say: Say) -> tuple[Ledger, dict[str, Any]]:
     """A `Trainer`: the workers train, and `start` gets the weights that they wrote."""
-    if isinstance(job.stage, Grpo) and job.stage.endpoint is not None:
+    if isinstance(job.stage, Ppo):  # its critic is no part of the model that is cut over the workers
+        raise UserError(f"stage {job.stage.id!r}: ppo trains in one process; leave --cluster out, or take grpo")
+    if isinstance(job.stage, Rl) and job.stage.endpoint is not None:
         raise UserError(f"stage {job.stage.id!r}: on a cluster rollouts come from its actors; leave `endpoint` out")
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     desk = Desk.options(num_cpus=0, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
@@ -152,7 +154,7 @@ def _train(layout: Layout, gpus: bool, job: Job, start: Policy, say: Say) -> tup
 
 
 def _actors(layout: Layout, gpus: bool, job: Job) -> list[Any]:
-    if not (isinstance(job.stage, Grpo) or (isinstance(job.stage, Dpo) and job.stage.on_policy)):
+    if not (isinstance(job.stage, Rl) or (isinstance(job.stage, Preference) and job.stage.on_policy)):
         return []
     if not layout.rollout_actors:
         raise UserError(f"stage {job.stage.id!r} samples: --rollout-actors must be 1 or more")

@@ -2,8 +2,12 @@
 
 from posttrain.credit.advantages import group_advantages
 from posttrain.credit.batch import Counted, Credited, as_row, groups
+from posttrain.credit.gae import gae
 from posttrain.credit.grpo import advantages, grpo
-from posttrain.credit.pairs import best_and_worst, pairs
+from posttrain.credit.minillm import minillm
+from posttrain.credit.pairs import best_and_worst, pairs, rankings
+from posttrain.credit.reinforce import reinforce, whiten
+from posttrain.credit.rloo import leave_one_out, rloo
 
 __all__ = [
     "Counted",
@@ -11,8 +15,15 @@ __all__ = [
     "advantages",
     "as_row",
     "best_and_worst",
+    "gae",
     "group_advantages",
     "groups",
     "grpo",
+    "leave_one_out",
+    "minillm",
     "pairs",
+    "rankings",
+    "reinforce",
+    "rloo",
+    "whiten",
 ]

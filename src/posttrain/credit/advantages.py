@@ -10,6 +10,18 @@ from torch import Tensor
 from posttrain.records import UserError
 
 
+def finite(rewards_PG: Tensor) -> Tensor:
+    """The rewards in float32 or better; NaN, which is unscored, is among what is allowed.
+
+    Raises:
+        UserError: one is infinite.
+    """
+    if rewards_PG.isinf().any():
+        where = ", ".join(f"prompt {p} completion {g}" for p, g in rewards_PG.isinf().nonzero()[:3].tolist())
+        raise UserError(f"infinite reward ({where}): a reward is a finite number, or no value where it cannot score")
+    return rewards_PG.to(torch.promote_types(rewards_PG.dtype, torch.float32))
+
+
 def group_advantages(
     rewards_PG: Tensor, *, std: Literal["group", "batch", "none"] = "group", eps: float = 1e-4
 ) -> Tensor:
@@ -20,10 +32,7 @@ def group_advantages(
     NaN means unscored: it counts in no mean or deviation and gets advantage 0. A group with fewer than two scored
     completions, or whose scores are all equal, gets exactly 0 and so needs no forward pass.
     """
-    if rewards_PG.isinf().any():
-        where = ", ".join(f"prompt {p} completion {g}" for p, g in rewards_PG.isinf().nonzero()[:3].tolist())
-        raise UserError(f"infinite reward ({where}): a reward is a finite number, or no value where it cannot score")
-    rewards_PG = rewards_PG.to(torch.promote_types(rewards_PG.dtype, torch.float32))
+    rewards_PG = finite(rewards_PG)
     scored_PG = ~rewards_PG.isnan()
     scored_P = scored_PG.sum(dim=1, keepdim=True)
     mean_P = rewards_PG.nansum(dim=1, keepdim=True) / scored_P.clamp(min=1)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from posttrain.forest import Forest, Row
+from posttrain.forest import Forest, Row, pack
 from posttrain.losses import Counts
-from posttrain.records import Rollout
+from posttrain.records import Rollout, Score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,3 +48,47 @@ def groups(rollouts: Sequence[Rollout]) -> list[list[int]]:
         return rollouts[i].group, rollouts[i].prompt_ids
 
     return [list(group) for _, group in itertools.groupby(range(len(rollouts)), key)]
+
+
+def compared(
+    rollouts: Sequence[Rollout], scores: Sequence[Score], compare: Callable[[Tensor], Tensor]
+) -> list[float | None]:
+    """The advantage of each rollout by `compare`, rewards_PG to advantages_PG with NaN for what there is no reward of.
+
+    None where it has no score. Groups may differ in size.
+    """
+    if not rollouts:
+        return []
+    members = groups(rollouts)
+    rewards_PG = torch.full((len(members), max(map(len, members))), math.nan, dtype=torch.float64)
+    for p, group in enumerate(members):
+        values = [scores[i].value for i in group]
+        rewards_PG[p, : len(group)] = torch.tensor([math.nan if v is None else v for v in values], dtype=torch.float64)
+    advantages_PG = compare(rewards_PG)
+    return [
+        None if math.isnan(reward) else advantage
+        for p, group in enumerate(members)
+        for reward, advantage in zip(rewards_PG[p].tolist(), advantages_PG[p, : len(group)].tolist(), strict=False)
+    ]
+
+
+def by_token(rollouts: Sequence[Rollout], advantages: Sequence[float | None]) -> list[list[float] | None]:
+    """Each completion's advantage at all of its tokens."""
+    return [None if a is None else [a] * len(r.ids) for r, a in zip(rollouts, advantages, strict=True)]
+
+
+def credited(rollouts: Sequence[Rollout], advantages: Sequence[Sequence[float] | None]) -> Credited:
+    """The batch of rollouts whose tokens are worth `advantages`.
+
+    A completion worth 0 is counted and not computed; where none is worth anything, the forest is empty. One without
+    advantages has no score, and is left out altogether.
+    """
+    scored = [(rollout, worth) for rollout, worth in zip(rollouts, advantages, strict=True) if worth is not None]
+    live = [(rollout, worth) for rollout, worth in scored if any(worth)]
+    forest = pack([as_row(rollout) for rollout, _ in live])
+    return Credited(
+        **vars(forest),
+        counts=Counts(tokens=sum(len(rollout.ids) for rollout, _ in scored), sequences=len(scored)),
+        weights_T=forest.spread([worth for _, worth in live]),
+        behaviour_logps_T=forest.spread([rollout.logps for rollout, _ in live]),
+    )

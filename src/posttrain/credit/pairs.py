@@ -32,3 +32,13 @@ def pairs(rollouts: Sequence[Rollout], scores: Sequence[Score], rng: random.Rand
         if pair is not None:
             found.append((group[pair[0]], group[pair[1]]))
     return found
+
+
+def rankings(rollouts: Sequence[Rollout], scores: Sequence[Score]) -> list[list[int]]:
+    """For each prompt whose completions differ in score, their indices, the best first and the unscored last."""
+    found = []
+    for group in groups(rollouts):
+        known = {i: value for i in group if (value := scores[i].value) is not None and not math.isnan(value)}
+        if len(set(known.values())) > 1:
+            found.append(sorted(group, key=lambda i: -known.get(i, -math.inf)))
+    return found

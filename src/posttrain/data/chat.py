@@ -69,9 +69,9 @@ class Renderer:
     # What the rest of the system calls
 
     def prompt_ids(self, example: Example) -> tuple[int, ...]:
-        """The tokens a sampler continues: the prompt with the template's generation prompt."""
+        """The tokens a sampler continues: the prompt with the template's generation prompt, and what is begun."""
         conversation, tools = self._conversation(example, example.prompt)
-        return self._ids(self._context(conversation, tools))
+        return (*self._ids(self._context(conversation, tools)), *example.begun)
 
     def render(self, example: Example) -> tuple[Rendered, ...]:
         """`example` as one sequence or pair, or as one per assistant turn where the template rewrites history."""

@@ -8,7 +8,7 @@ import math
 import random
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from posttrain.data.sources import LISTED, Loaded, read
 from posttrain.recipe.schema import Data
 from posttrain.records import Example, UserError
 
-Need = Literal["completion", "pair", "prompt"]
+Need = Literal["completion", "label", "pair"] | Callable[[Example, Renderer], tuple[Rendered, ...]]
 
 
 class Prepared(NamedTuple):
@@ -35,7 +35,8 @@ def prepare(
 ) -> Prepared:
     """Read and render every source of `data`.
 
-    need: what a row must offer: an answer to learn, a better and a worse one, or a prompt with a verifier.
+    need: what a row must offer: an answer to learn, one with a label, or a better and a worse one; or a function that
+        renders a row, and raises Malformed where it has not what is needed.
     held_out: `prompt_key`s of evaluation items; rows with one of them are dropped and counted.
     context: the model's context length in tokens; never exceeded, whatever `data.max_length` says.
     Raises UserError for too many bad rows, for a too long row under `too_long: error`, and for nothing left.
@@ -65,6 +66,27 @@ def prompt_key(example: Example) -> str:
     asked = [f"{m['role']}:{m.get('content') or ''}" for m in example.prompt if m["role"] != "system"]
     text = "\x1e".join(asked) if example.text is None else example.text
     return hashlib.sha256(" ".join(unicodedata.normalize("NFKC", text).casefold().split()).encode()).hexdigest()
+
+
+def prompted(
+    example: Example, renderer: Renderer, lacks: Callable[[Example], str], own: bool = False
+) -> tuple[Rendered, ...]:
+    """Its prompt, to be answered by a model, alone or with its `own` answer. `lacks` says why no answer could be
+    scored, or nothing.
+
+    Raises:
+        Malformed: so it says, there is no prompt, or no answer.
+    """
+    if why := lacks(example) or ("" if example.prompt else "it has no prompt"):
+        raise Malformed(why)
+    if own:
+        if not example.completion:
+            raise Malformed("it holds no answer of its own, to be learned beside the sampled ones")
+        rows = renderer.render(dataclasses.replace(example, rejected=()))
+        if len(rows) > 1:
+            raise Malformed("the chat template rewrites earlier turns, so its own answer cannot be kept whole")
+        return rows
+    return (Rendered(example, renderer.prompt_ids(example)),)
 
 
 def schedule(sizes: Sequence[int], weights: Sequence[float], slots: int, seed: int) -> list[tuple[int, int]]:
@@ -161,15 +183,15 @@ def _source(
 
 def _rendered(example: Example, renderer: Renderer, need: Need) -> tuple[Rendered, ...]:
     """`example` rendered for `need`; Malformed where it cannot serve it."""
-    if need == "prompt":
-        if example.task is None:
-            raise Malformed("no verifier can score an answer to it (only generated tasks have one)")
-        return (Rendered(example, renderer.prompt_ids(example)),)
+    if callable(need):
+        return need(example, renderer)
     if need == "pair":
         if not (example.completion and example.rejected):
             raise Malformed("it holds no pair of a better and a worse answer")
     else:
-        if example.label is False:
+        if need == "label" and example.label is None:
+            raise Malformed("it bears no label that says whether the answer is good or bad")
+        if need == "completion" and example.label is False:
             raise Malformed("it is labelled bad: not an answer to imitate")
         example = dataclasses.replace(example, rejected=())
     rows = renderer.render(example)
@@ -201,7 +223,7 @@ def _truncated(row: Rendered, limit: int) -> Rendered | None:
 
 
 def _digest(rows: Iterable[Rendered]) -> bytes:
-    """Names what training sees of `rows`: ids, targets, labels and the reference answer."""
+    """Names what training sees of `rows`: ids, targets, labels, and what answers are scored by."""
     sha = hashlib.sha256()
     for row in rows:
         example = row.example
@@ -209,6 +231,7 @@ def _digest(rows: Iterable[Rendered]) -> bytes:
         for part in ids:
             sha.update(len(part).to_bytes(8, "little") + np.asarray(part, "<i4").tobytes())
         sha.update(repr((example.label, example.margin, example.step_labels, example.task, example.answer)).encode())
+        sha.update(repr([example.meta.get(key) for key in ("tests", "instructions")]).encode())
     return sha.digest()
 
 

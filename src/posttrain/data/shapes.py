@@ -261,6 +261,16 @@ def _label(value: Any) -> bool:
     return known[key]
 
 
+def _chance(value: Any, what: str) -> float:
+    """A label, or the chance that it is true."""
+    if isinstance(value, float) and 0 <= value <= 1:
+        return value
+    try:
+        return _label(value)
+    except Malformed:
+        raise Malformed(f"{what} must be true, false, null or a number from 0 to 1, it is {value!r}") from None
+
+
 # Shapes
 
 
@@ -281,7 +291,9 @@ def _step_labels(row: Row) -> dict[str, Any]:
         "completion": tuple(
             {"role": "assistant", "content": _text(s, f"completions[{i}]")} for i, s in enumerate(steps)
         ),
-        "step_labels": tuple(None if label is None else _label(label) for label in labels),
+        "step_labels": tuple(
+            None if label is None else _chance(label, f"labels[{i}]") for i, label in enumerate(labels)
+        ),
     }
 
 
@@ -394,11 +406,64 @@ def _question_answer(row: Row) -> dict[str, Any]:
     }
 
 
+def _asking(row: Row) -> tuple[Message, ...]:
+    prompt = (*_system(row), *_side(row["prompt"], "prompt", "user"))
+    if prompt[-1]["role"] == "assistant":
+        raise Malformed("prompt must end with what is to be answered, it ends with an assistant turn")
+    return prompt
+
+
+def _prompt(row: Row) -> dict[str, Any]:
+    answer = row.get("answer")
+    return {"prompt": _asking(row), "answer": None if answer is None else _text(str(answer), "answer")} | _tools(row)
+
+
+def _unit_tests(row: Row) -> dict[str, Any]:
+    prompt, tests, entry = _text(row["prompt"], "prompt"), _text(row["test"], "test"), row.get("entry_point")
+    meta: dict[str, Any] = {"tests": tests}
+    solution = _text(row.get("canonical_solution") or "", "canonical_solution", empty=True)
+    if entry is not None:  # HumanEval: the prompt is the beginning of the solution
+        meta = {"tests": f"{tests}\ncheck({_text(entry, 'entry_point')})", "entry_point": entry, "prefix": prompt}
+        solution = solution and prompt + solution
+    return {
+        "prompt": (*_system(row), {"role": "user", "content": prompt}),
+        "completion": ({"role": "assistant", "content": solution},) if solution else (),
+        "meta": meta,
+    }
+
+
+def _instructions(row: Row) -> dict[str, Any]:
+    names, settings = _list(row["instruction_id_list"], "instruction_id_list"), _list(row["kwargs"], "kwargs")
+    if not names or len(names) != len(settings):
+        raise Malformed(f"{len(names)} instructions and {len(settings)} kwargs; each instruction needs its own")
+    asked = []
+    for i, (name, given) in enumerate(zip(names, settings, strict=True)):
+        if not isinstance(given, Mapping):
+            raise Malformed(f"kwargs[{i}] must be an object, it is {_kind(given)}")
+        name = _text(name, f"instruction_id_list[{i}]")
+        if name.count(":") == 2:  # with its language before it
+            name = name.partition(":")[2]
+        asked.append([name, _clean({key: value for key, value in given.items() if value is not None}, f"kwargs[{i}]")])
+    return {"prompt": _asking(row), "meta": {"instructions": asked}}
+
+
 def _plain(row: Row) -> dict[str, Any]:
     return {"text": _text(row["text"], "text")}
 
 
+def _is_prompt(row: Row) -> bool:
+    return row.get("prompt") is not None and not any(name in row for name in ("completion", "completions", "chosen"))
+
+
 SHAPES: dict[str, Shape] = {
+    "unit_tests": Shape(
+        "A programming task with its unit tests (HumanEval)", "prompt, test, perhaps entry_point",
+        _columns("prompt", "test"), _unit_tests,
+    ),
+    "instructions": Shape(
+        "A prompt with instructions that can be checked (IFEval)", "prompt, instruction_id_list, kwargs",
+        _columns("prompt", "instruction_id_list", "kwargs"), _instructions,
+    ),
     "step_labels": Shape(
         "A solution in steps, each labelled", "prompt, completions, labels",
         _columns("prompt", "completions", "labels"), _step_labels,
@@ -440,5 +505,9 @@ SHAPES: dict[str, Shape] = {
                            _columns("instruction", "instances"), _self_instruct),
     "question_answer": Shape("Question and answer", "question, answer",
                              _columns("question", "answer"), _question_answer),
+    "prompt": Shape(
+        "A prompt to be answered, perhaps with its reference answer", "prompt, and no answer to learn",
+        _is_prompt, _prompt,
+    ),
     "text": Shape("Raw text for continued pre-training", "text", _columns("text"), _plain),
 }  # fmt: skip

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from posttrain.data.sources import read
 from posttrain.evals.stats import holm, paired, wilson
 from posttrain.recipe.schema import Evals, Sampling, Suite
-from posttrain.records import Example, Ledger, Score, UserError
+from posttrain.records import Example, Ledger, UserError
+from posttrain.rewards.protocol import Scorer
 from posttrain.sampling.protocol import Sampler
 
 Row = dict[str, Any]
@@ -30,7 +31,7 @@ def answer(
     suites: Mapping[str, Sequence[Example]],
     evals: Evals,
     sampler: Sampler,
-    score: Callable[[Example, str], Score],
+    score: Scorer,
     seed: int,
 ) -> tuple[list[Row], Ledger]:
     """One row for each item of each suite: what was asked, said, read out of it, and how it scored."""
@@ -39,8 +40,7 @@ def answer(
     greedy = Sampling(temperature=0, max_new_tokens=evals.max_new_tokens)
     rollouts, ledger = sampler(examples, 1, greedy, seed)
     rows = []
-    for name, example, rollout in zip(names, examples, rollouts, strict=True):
-        found = score(example, rollout.text)
+    for name, example, rollout, found in zip(names, examples, rollouts, score(rollouts), strict=True):
         rows.append(
             {
                 "suite": name,

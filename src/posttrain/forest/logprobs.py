@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +36,26 @@ def token_logprobs(
     """
     hidden_TD = (states or hidden_states)(model, forest)
     return _gather(model, hidden_TD[forest.predicting_N], forest, temperature)
+
+
+Statistic = Literal["entropy", "collision"]
+
+
+def token_statistics(
+    model: torch.nn.Module,
+    forest: Forest,
+    *names: Statistic,
+    temperature: float = 1.0,
+    states: States | None = None,
+) -> Tensor:
+    """[1 + K, T]: the log-probabilities of `token_logprobs`, and of the distribution that each target token is drawn
+    from what the K `names` ask for, 0 elsewhere.
+
+    `entropy`: -sum_v p(v) log p(v), nats, with its gradient. `collision`: log sum_v p(v)^2, a constant. No more than
+    one chunk of logits exists at a time, in the backward pass too, where they are computed again.
+    """
+    hidden_TD = (states or hidden_states)(model, forest)
+    return _gather(model, hidden_TD[forest.predicting_N], forest, temperature, names)
 
 
 def unrolled_logprobs(model: torch.nn.Module, forest: Forest, temperature: float = 1.0) -> Tensor:
@@ -117,38 +138,51 @@ def check_head(model: torch.nn.Module) -> None:
         )
 
 
-def _gather(model: torch.nn.Module, hidden_ND: Tensor, forest: Forest, temperature: float) -> Tensor:
+def _gather(
+    model: torch.nn.Module, hidden_ND: Tensor, forest: Forest, temperature: float, names: Sequence[Statistic] = ()
+) -> Tensor:
     def logits(hidden_CD: Tensor) -> Tensor:
         logits_CV = head(model, hidden_CD)
         logits_CV = logits_CV if logits_CV.dtype == torch.float64 else logits_CV.float()
         return logits_CV if temperature == 1.0 else logits_CV / temperature
 
+    measure: Measure = partial(_measured, names) if names else _chosen
     if not torch.is_grad_enabled():
-        chosen = _chosen
-    elif any(p.requires_grad for p in decoder(model).get_output_embeddings().parameters()):
-
-        def chosen(logits: Logits, hidden_CD: Tensor, ids_C: Tensor) -> Tensor:
-            return checkpoint(_chosen, logits, hidden_CD, ids_C, use_reentrant=False)
+        chosen = measure
+    elif names or any(p.requires_grad for p in decoder(model).get_output_embeddings().parameters()):
+        chosen = partial(checkpoint, measure, use_reentrant=False)
     else:
         chosen = _FrozenHead.apply
     at_N = forest.target_T.nonzero().squeeze(1)
     ids_N = forest.ids_T[at_N].to(hidden_ND.device)
-    logps_N = torch.cat(
+    found = torch.cat(
         [
             chosen(logits, hidden_CD, ids_C)
             for hidden_CD, ids_C in zip(hidden_ND.split(CHUNK), ids_N.split(CHUNK), strict=True)
-        ]
+        ],
+        dim=-1,
     ).to(at_N.device)
-    return logps_N.new_zeros(len(forest)).index_copy(0, at_N, logps_N)
+    return found.new_zeros(*found.shape[:-1], len(forest)).index_copy(-1, at_N, found)
 
 
 Logits = Callable[[Tensor], Tensor]
 """From hidden states [C, D] to logits [C, V], float32 or float64."""
+Measure = Callable[[Logits, Tensor, Tensor], Tensor]
+"""Of a chunk: its logits, hidden states [C, D] and target ids [C] to [C] or [1 + K, C]."""
 
 
 def _chosen(logits: Logits, hidden_CD: Tensor, ids_C: Tensor) -> Tensor:
     logits_CV = logits(hidden_CD)
     return logits_CV.gather(1, ids_C[:, None]).squeeze(1) - logits_CV.logsumexp(1)
+
+
+def _measured(names: Sequence[Statistic], logits: Logits, hidden_CD: Tensor, ids_C: Tensor) -> Tensor:
+    logps_CV = logits(hidden_CD).log_softmax(1)
+    found = {
+        "entropy": lambda: -(logps_CV.exp() * logps_CV).sum(1),
+        "collision": lambda: (2 * logps_CV.detach()).logsumexp(1),
+    }
+    return torch.stack([logps_CV.gather(1, ids_C[:, None]).squeeze(1), *(found[name]() for name in names)])
 
 
 class _FrozenHead(torch.autograd.Function):

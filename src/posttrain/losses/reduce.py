@@ -39,8 +39,8 @@ def masked(values_T: Tensor, target_T: Tensor) -> Tensor:
     return values_T.to(torch.promote_types(values_T.dtype, torch.float32)).masked_fill(~target_T, 0.0)
 
 
-def sequence_mean(values_T: Tensor, target_T: Tensor, sequence_T: Tensor) -> tuple[Tensor, Tensor]:
-    """`mean_S`, each sequence's mean over its target tokens (0 where it has none), and the index S of each token.
+def sequence_sums(values_T: Tensor, target_T: Tensor, sequence_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`sums_S, tokens_S, index_T`: each sequence's sum over its target tokens, their number, and the S of each token.
 
     Only target tokens need a sequence: the index of any other token (a prompt that several completions share, say)
     is ignored, and reads 0 in the index that is returned.
@@ -49,7 +49,7 @@ def sequence_mean(values_T: Tensor, target_T: Tensor, sequence_T: Tensor) -> tup
     S = int(index_T.max()) + 1 if index_T.numel() else 0
     values_T = masked(values_T, target_T)
     tokens_S = segment_sum(target_T.to(values_T.dtype), index_T, S)
-    return segment_sum(values_T, index_T, S) / tokens_S.clamp(min=1), index_T
+    return segment_sum(values_T, index_T, S), tokens_S, index_T
 
 
 def reduce_tokens(
@@ -67,7 +67,7 @@ def reduce_tokens(
     `sequence`: the mean over the step's sequences of each one's own token mean (GRPO, 2402.03300). `sequence_T` is
     needed, and a sequence must not be split over micro-batches.
     `constant`: the mean over sequences of each one's token sum divided by `constant`, usually the longest allowed
-    completion, so that length carries no weight of its own (Dr. GRPO, 2503.20783).
+    completion, so that length carries no weight of its own (Dr. GRPO, 2503.20783); 1 is the sum (LUSPO, 2602.05261).
 
     A step without targets gives 0, still attached to the graph.
     """
@@ -76,8 +76,8 @@ def reduce_tokens(
     if how == "sequence":
         if sequence_T is None:
             raise ValueError("reduce_tokens: how='sequence' needs sequence_T")
-        mean_S, _ = sequence_mean(loss_T, target_T, sequence_T)
-        return mean_S.sum() / max(counts.sequences, 1)
+        sums_S, tokens_S, _ = sequence_sums(loss_T, target_T, sequence_T)
+        return (sums_S / tokens_S.clamp(min=1)).sum() / max(counts.sequences, 1)
     if how == "constant":
         if constant is None or constant <= 0:
             raise ValueError(f"reduce_tokens: how='constant' needs a positive constant, not {constant}")

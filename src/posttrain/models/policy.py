@@ -270,16 +270,37 @@ def load(
     _refuse_reward_model(folder)
 
     def loaded(base: Path, origin: str) -> PreTrainedModel:
-        model = _base_model(base, origin, dtype, attn_implementation).to(at)
+        model = base_model(base, origin, dtype, attn_implementation).to(at)
         if compile:
             place.compile_layers(model)
         return model
 
     if not (folder / "adapter_config.json").is_file():
-        model, tokenizer = loaded(folder, source), _tokenizer(folder, chat_template)
-        origin = _lasting(source)
-        return attach(model, tokenizer, source=origin, revision=revision, adapter=adapter, seed=seed)
+        model, tokenizer = loaded(folder, source), read_tokenizer(folder, chat_template)
+        return attach(model, tokenizer, source=lasting(source), revision=revision, adapter=adapter, seed=seed)
+    return load_adapter(folder, loaded, dtype=dtype, chat_template=chat_template, asked=adapter)
 
+
+def load_adapter(
+    folder: Path,
+    loaded: Callable[[Path, str], PreTrainedModel],
+    *,
+    dtype: str,
+    chat_template: str | None = None,
+    asked: Lora | None = None,
+    turned: Callable[[PreTrainedModel], PreTrainedModel] = lambda base: base,
+) -> Policy:
+    """The adapter saved in `folder` on its base, trainable.
+
+    Args:
+        loaded: gives the base from its directory and its source.
+        dtype: of `loaded`; the base's digest is compared where it was saved in the same.
+        asked: what the adapter must be, if anything.
+        turned: makes of the base what the adapter was trained on, where that is not the base itself.
+
+    Raises:
+        UserError: the base changed, or the adapter does not fit it or is not the one asked for.
+    """
     record = _record(folder)
     origin, revision = _base_of(folder, record)
     base = resolve(origin, revision)
@@ -288,17 +309,19 @@ def load(
     if record and record["dtype"] == dtype and record["base_digest"] != digest:
         raise UserError(f"{folder}: was trained on other weights than {origin} now holds; restore that base")
     own = (folder / "tokenizer_config.json").is_file()
-    tokenizer = _tokenizer(folder if own else base, chat_template)
-    if adapter is not None:
-        _refuse_other_adapter(model, adapter, folder)
-    with _explained(folder), quiet():
-        peft = PeftModel.from_pretrained(model, str(folder), is_trainable=True).eval()
+    tokenizer = read_tokenizer(folder if own else base, chat_template)
+    if asked is not None:
+        _refuse_other_adapter(model, asked, folder)
+    with explained(folder), quiet():
+        peft = PeftModel.from_pretrained(turned(model), str(folder), is_trainable=True).eval()
         fuse(peft)
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
             stored = set(file.keys())
-    _refuse_nonfinite(folder, peft)
-    policy = Policy(peft, tokenizer, _lasting(origin), digest, revision)
-    expected = {name.replace(".default.", ".") for name in policy.parameters()}
+    refuse_nonfinite(folder, peft)
+    policy = Policy(peft, tokenizer, lasting(origin), digest, revision)
+    expected = {
+        name.replace(".modules_to_save.default.", ".").replace(".default.", ".") for name in policy.parameters()
+    }
     if stored != expected:  # PEFT would go on with a part of the adapter
         some = ", ".join(sorted(stored ^ expected)[:3])
         raise UserError(f"{folder}: its adapter does not fit {origin} (not in both: {some})")
@@ -322,11 +345,11 @@ def outline(
     _refuse_reward_model(folder)
     if (folder / "adapter_config.json").is_file():
         base = resolve(*_base_of(folder, _record(folder)))
-    with _explained(base), quiet(), torch.device("meta"):
+    with explained(base), quiet(), torch.device("meta"):
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     own = folder if (folder / "tokenizer_config.json").is_file() else base
-    tokenizer = _tokenizer(own, chat_template)
+    tokenizer = read_tokenizer(own, chat_template)
     if folder != base:
         if adapter is not None:
             _refuse_other_adapter(model, adapter, folder)
@@ -403,17 +426,20 @@ def _base_of(folder: Path, record: dict[str, Any]) -> tuple[str, str | None]:
     return config["base_model_name_or_path"], config.get("revision")
 
 
-def _lasting(source: str) -> str:
+def lasting(source: str) -> str:
     """`source` in a form that holds from any working directory."""
     path = Path(source).expanduser()
     return str(path.resolve()) if path.exists() else source
 
 
-def _base_model(folder: Path, source: str, dtype: str, attn_implementation: str | None) -> PreTrainedModel:
-    with _explained(folder), quiet():
+def base_model(
+    folder: Path, source: str, dtype: str, attn_implementation: str | None = None, auto: Any = AutoModelForCausalLM
+) -> PreTrainedModel:
+    """What `folder` holds, read by Transformers' class `auto`, in `dtype`; `source` is where the folder came from."""
+    with explained(folder), quiet():
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = auto.from_pretrained(
             folder,
             output_loading_info=True,
             dtype=getattr(torch, dtype),
@@ -422,39 +448,46 @@ def _base_model(folder: Path, source: str, dtype: str, attn_implementation: str 
             use_safetensors=True,
             trust_remote_code=False,
         )
-        try:
-            model.generation_config.validate(strict=True)
-        except ValueError:  # a temperature without do_sample, as many hub models have: saving would refuse it
-            model.generation_config.do_sample = True
+        if model.can_generate():
+            try:
+                model.generation_config.validate(strict=True)
+            except ValueError:  # a temperature without do_sample, as many hub models have: saving would refuse it
+                model.generation_config.do_sample = True
     if report["missing_keys"]:  # Transformers would go on with random numbers in their place
         some = ", ".join(sorted(report["missing_keys"])[:3])
         raise UserError(f"{folder}: its weights lack {len(report['missing_keys'])} tensors ({some}); fetch it again")
-    _refuse_nonfinite(folder, model)
+    refuse_nonfinite(folder, model)
     if is_hub_id(source):
         model.name_or_path = source  # what a saved adapter names as its base
-    return model
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def is_reward_model(folder: Path) -> bool:
+    """Whether `folder` holds a reward model: a sequence classifier, or an adapter that was trained on one."""
+    adapter = folder / "adapter_config.json"
+    config = json_file(adapter if adapter.is_file() else folder / "config.json")
+    kinds = config.get("architectures") or []
+    return config.get("task_type") == "SEQ_CLS" or any("SequenceClassification" in str(kind) for kind in kinds)
 
 
 def _refuse_reward_model(folder: Path) -> None:
     """Transformers would give one with tied embeddings an output layer, and it would write nonsense."""
-    adapter = folder / "adapter_config.json"
-    config = json_file(adapter if adapter.is_file() else folder / "config.json")
-    kinds = config.get("architectures") or []
-    if config.get("task_type") == "SEQ_CLS" or any("SequenceClassification" in str(kind) for kind in kinds):
+    if is_reward_model(folder):
         raise UserError(f"{folder}: is a reward model, which scores text and writes none; name a language model")
 
 
-def _refuse_nonfinite(folder: Path, model: nn.Module) -> None:
+def refuse_nonfinite(folder: Path, model: nn.Module) -> None:
     """One NaN in the weights makes every answer NaN, and then each thing that reads an answer fails in its own way."""
     broken = [name for name, p in model.named_parameters() if not p.isfinite().all()]
     if broken:
         raise UserError(f"{folder}: {len(broken)} of its tensors hold NaN or infinity ({broken[0]}); fetch it again")
 
 
-def _tokenizer(folder: Path, chat_template: str | None) -> PreTrainedTokenizerBase:
+def read_tokenizer(folder: Path, chat_template: str | None) -> PreTrainedTokenizerBase:
     if not any(path.name.startswith(("tokenizer", "vocab", "spiece")) for path in folder.iterdir()):
         raise UserError(f"{folder}: has no tokenizer (tokenizer.json is missing); copy the one of the model's release")
-    with _explained(folder), quiet():
+    with explained(folder), quiet():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if chat_template is not None:
         with_template(tokenizer, chat_template)
@@ -472,7 +505,7 @@ def _refuse_other_adapter(base: PreTrainedModel, asked: Lora, folder: Path) -> N
 
 
 @contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def explained(folder: Path) -> Iterator[None]:
     """What the loaders raise on broken files, said as the user's error it is."""
     try:
         yield

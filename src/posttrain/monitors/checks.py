@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ MISMATCH = 1.05
 """Ratio of trainer's to sampler's probability of a token, either way up."""
 LENGTH = 1.5
 """Growth of the mean completion, last fifth of the steps against the first."""
+FOLLOWS = 0.5
+"""Correlation of reward with length, within the completions of a prompt."""
 
 
 def watch_stage(stage: str, kind: str, metrics: Sequence[Row]) -> list[Row]:
@@ -27,14 +29,15 @@ def watch_stage(stage: str, kind: str, metrics: Sequence[Row]) -> list[Row]:
         found.append(
             _row("skipped steps", stage, skipped, 0, skipped <= 0, "Steps whose loss or gradient was not finite")
         )
-    if kind == "dpo":
+    if kind == "preference" and _values(metrics, "chosen_logp"):
         fall = _end(metrics, "chosen_logp") - _start(metrics, "chosen_logp")
-        text = "Change of the chosen answers' log-probability; DPO can lower both sides (an NLL term guards it)"
+        text = "Change of the chosen answers' log-probability; the loss may lower both sides (nll_weight guards it)"
         found.append(_row("chosen log-probability", stage, fall, -1.0, fall >= -1.0, text))
-    if kind == "grpo":
-        signal = float(np.mean(_values(metrics, "signal")))
-        text = "Mean share of groups whose answers scored differently; the others teach nothing"
-        found.append(_row("groups with signal", stage, signal, SIGNAL, signal >= SIGNAL, text))
+    if kind in ("grpo", "ppo"):
+        if signals := _values(metrics, "signal"):
+            signal = float(np.mean(signals))
+            text = "Mean share of groups whose answers scored differently; the others teach nothing"
+            found.append(_row("groups with signal", stage, signal, SIGNAL, signal >= SIGNAL, text))
         apart = [*_values(metrics, "mismatch_max"), *(1 / v for v in _values(metrics, "mismatch_min"))]
         if apart:
             text = "Largest ratio between trainer's and sampler's probability of a token"
@@ -42,15 +45,70 @@ def watch_stage(stage: str, kind: str, metrics: Sequence[Row]) -> list[Row]:
         growth = _end(metrics, "length") / _start(metrics, "length")
         text = "Mean completion length at the end over that at the start; growth is easily read as quality"
         found.append(_row("length growth", stage, growth, LENGTH, growth <= LENGTH, text))
+        if _values(metrics, "length_reward"):
+            follows = _end(metrics, "length_reward")
+            text = "Correlation of reward with length at the end, within the completions of a prompt"
+            found.append(_row("reward follows length", stage, follows, FOLLOWS, follows <= FOLLOWS, text))
+        if (gain := equal_length_gain(metrics)) is not None:
+            whole, matched = gain
+            text = f"Rise of the mean reward among completions of equal length; in all it rose by {whole:.3f}"
+            found.append(
+                _row(
+                    "gain at equal length",
+                    stage,
+                    matched,
+                    whole / 2,
+                    whole <= 0 or matched >= whole / 2,
+                    text,
+                )
+            )
         if (unscored := float(np.mean(_values(metrics, "unscored")))) > 0:
             found.append(_row("unscored completions", stage, unscored, 0, False, "Share the verifier failed on"))
     return found
 
 
+def equal_length_gain(metrics: Sequence[Row]) -> tuple[float, float] | None:
+    """How much the mean reward rose from the first fifth of the steps to the last: in all, and at equal length.
+
+    The latter is the mean over bins of length, each weighed by as many completions as both ends have in it; None where
+    they have none.
+    """
+    rows = [m for m in metrics if m.get("length_counts")]
+    fifth = max(1, len(rows) // 5)
+    first, last = (_by_length(part) for part in (rows[:fifth], rows[-fifth:]))
+    weights = {label: min(first[label][0], last[label][0]) for label in first.keys() & last.keys()}
+    if not weights:
+        return None
+    whole = _mean_reward(last.values()) - _mean_reward(first.values())
+    rises = {label: _mean_reward([last[label]]) - _mean_reward([first[label]]) for label in weights}
+    return whole, sum(weights[label] * rises[label] for label in weights) / sum(weights.values())
+
+
+def _by_length(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
+    """Of each bin of length that is not empty, how many completions and the sum of their rewards."""
+    labels = dict.fromkeys(label for row in rows for label, count in row["length_counts"].items() if count)
+    return {
+        label: (
+            sum(row["length_counts"].get(label, 0) for row in rows),
+            sum(row["length_rewards"].get(label, 0) for row in rows),
+        )
+        for label in labels
+    }
+
+
+def _mean_reward(bins: Collection[tuple[float, float]]) -> float:
+    return sum(rewards for _, rewards in bins) / sum(count for count, _ in bins)
+
+
 def watch_held_out(stage: str, measured: Mapping[str, Any]) -> Row:
-    """What a reward model's held-out pairs show."""
-    text = "Share of held-out pairs whose better answer has the higher reward; an interval that holds 0.5 is a coin's"
-    return _row("held-out pairs", stage, measured["accuracy"], 0.5, measured["interval"][0] > 0.5, text)
+    """What the rows show that a scoring model was not trained on."""
+    what = {
+        "pairs": "Share of held-out pairs whose better answer has the higher reward",
+        "steps": "Share of held-out steps that are told good from bad",
+    }[measured["of"]]
+    text = f"{what}; an interval that holds the limit is no better than knowing nothing"
+    chance, accuracy, low = measured["chance"], measured["accuracy"], measured["interval"][0]
+    return _row(f"held-out {measured['of']}", stage, accuracy, chance, low > chance, text)
 
 
 def watch_evals(evals: Mapping[str, Any]) -> list[Row]:

@@ -10,7 +10,7 @@ from posttrain.evals import suites
 from posttrain.models.policy import load
 from posttrain.recipe.schema import Evals, Sampling, Source, Suite
 from posttrain.records import Example
-from posttrain.rewards.verifier import score
+from posttrain.rewards.verifier import verify
 from posttrain.sampling.local import LocalSampler
 
 
@@ -44,7 +44,7 @@ def evaluate(model: str, task: str, rows: int, seed: int, against: str | None) -
     for name in filter(None, (against, model)):
         policy = load(name)
         sampler = LocalSampler(policy, Renderer(policy.tokenizer))
-        answers[name], _ = suites.answer(items, evals, sampler, score, seed)
+        answers[name], _ = suites.answer(items, evals, sampler, verify, seed)
         found = suites.summarise(answers[name], evals, name, policy.digest())[0]
     result: dict[str, Any] = {"task": task, "model": model}
     result |= {key: found[key] for key in ("n", "score", "interval", "unparsed", "lenient", "errors")}

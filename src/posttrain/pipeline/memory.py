@@ -9,18 +9,19 @@ import torch
 from torch import nn
 
 from posttrain.data.prepare import Prepared
-from posttrain.forest import Row, hidden_states, pack, split, token_logprobs
+from posttrain.forest import Row, hidden_states, pack, split, token_logprobs, token_statistics
 from posttrain.forest.attention import decoder
 from posttrain.machine import own_memory
 from posttrain.models.fused import foldable
 from posttrain.models.memory import Pass, measure_forward, measure_pass
-from posttrain.models.policy import Policy
-from posttrain.recipe.schema import Dpo, Grpo, RewardModel, Sampling, Stage
+from posttrain.models.policy import Policy, outline
+from posttrain.recipe.schema import Preference, ProcessRewardModel, Rl, Sampling, ScoringStage, Stage
 from posttrain.records import UserError
 from posttrain.sampling import local
 from posttrain.sampling.choose import cut
 from posttrain.sampling.grid import BLOCK
 from posttrain.training.batch import chosen, draws, interval, rejected
+from posttrain.training.preference import second_model
 
 SMALLEST = 64
 """Tokens of a pass below which a budget is not lowered: it then costs much time and saves little."""
@@ -52,20 +53,27 @@ def stage_memory(stage: Stage, data: Prepared, policy: Policy, seed: int) -> Ter
     trained = sum(p.nbytes for p in policy.parameters().values())
     moments = sum(p.numel() * _state_bytes(p) for p in policy.parameters().values())
     terms = {"process": own_memory(), "weights": sum(p.nbytes for p in policy.model.parameters())}
-    period = stage.iterations if isinstance(stage, Grpo) else 1
+    period = stage.period if isinstance(stage, Rl) else 1
     terms["base"] = trained  # what every stage's model is compared with
-    if isinstance(stage, Grpo) and stage.kl_weight:
+    if isinstance(stage, Rl) and stage.kl_weight:
         terms["reference"] = trained
     terms["optimiser"] = moments
     if interval(stage.checkpoint_every, period) < stage.steps:
         terms["checkpoint"] = trained + moments
+        if isinstance(stage, Rl) and stage.kl_weight and stage.reference_reset:
+            terms["checkpoint"] += trained
     try:
         step, sampling = _largest_pass(stage, data, policy.model, seed), _sampling(stage, data, policy.model)
     except Exception as error:  # the model's code is not ours, and may fail in any way
         said = str(error).partition("\n")[0]
         raise Unpredicted(f"{type(decoder(policy.model)).__name__} does not run without values ({said})") from error
     training = {"gradients": step.gradients, "activations": step.activations, "work": step.work}
-    terms |= training if step.peak >= sum(sampling.values()) else sampling
+    phases: list[Terms] = [training, sampling]
+    if isinstance(stage, Preference) and stage.reference is not None:
+        other = second_model(policy, stage, outline)
+        phases.append({"reference": sum(p.nbytes for p in other.model.parameters())})
+    heaviest: Terms = max(phases, key=lambda phase: sum(phase.values()))
+    terms |= heaviest
     holes = sum(share * terms.get(name, 0) for name, share in HOLES.items())
     return terms | {"allocator": UNUSED + round(holes)}
 
@@ -139,28 +147,32 @@ def _largest_pass(stage: Stage, data: Prepared, model: nn.Module, seed: int) -> 
 
 def _forward(stage: Stage, rows: Sequence[Row]) -> Callable[[nn.Module], torch.Tensor]:
     """The forest is made anew each time, for it keeps its masks."""
-    if isinstance(stage, RewardModel):  # its head is one number wide
+    if isinstance(stage, ScoringStage):  # its head is one number wide
         return lambda model: hidden_states(model, pack(rows))
-    temperature = stage.sampling.temperature if isinstance(stage, Grpo) else 1.0
+    if isinstance(stage, Preference) and stage.weighting:
+        return lambda model: token_statistics(model, pack(rows), "collision")
+    if isinstance(stage, Rl) and stage.entropy_weight:
+        return lambda model: token_statistics(model, pack(rows), "entropy")
+    temperature = stage.sampling.temperature if isinstance(stage, Rl) else 1.0
     return lambda model: token_logprobs(model, pack(rows), temperature)
 
 
 def _batches(stage: Stage, data: Prepared, seed: int) -> list[list[tuple[Row, ...]]]:
     """The heaviest of the stage's batches, as the rows that must share a pass."""
-    period = stage.iterations if isinstance(stage, Grpo) else 1
+    period = stage.period if isinstance(stage, Rl) else 1
     order = draws(stage, data.rows, data.weights, seed, period)
     made = []
     for first in range(0, len(order), stage.batch_size):
         units: list[tuple[Row, ...]] = []
         for source, i in order[first : first + stage.batch_size]:
             item = data.rows[source][i]
-            if isinstance(stage, Grpo):
+            if isinstance(stage, Rl):
                 units += [(_sampled(item.prompt_ids, stage.sampling, k),) for k in range(stage.n)]
-            elif isinstance(stage, Dpo) and stage.on_policy:
-                units.append(
-                    (_sampled(item.prompt_ids, stage.on_policy, 0), _sampled(item.prompt_ids, stage.on_policy, 1))
-                )
-            elif isinstance(stage, Dpo | RewardModel):
+            elif isinstance(stage, Preference) and stage.on_policy:
+                units.append(tuple(_sampled(item.prompt_ids, stage.on_policy, k) for k in range(stage.width)))
+            elif isinstance(stage, ProcessRewardModel) and stage.rollouts and not item.completion_ids:
+                units.append((_sampled(item.prompt_ids, stage.rollouts, 0),))
+            elif item.rejected_ids:
                 units.append((chosen(item), rejected(item)))
             else:
                 units.append((chosen(item),))
@@ -175,10 +187,12 @@ def _sampled(prompt: Sequence[int], sampling: Sampling, k: int) -> Row:
 
 def _sampling(stage: Stage, data: Prepared, model: nn.Module) -> Terms:
     """Of the local engine, in one call for all prompts of a step (of the stage, where pairs are sampled first)."""
-    if isinstance(stage, Grpo):
+    if isinstance(stage, Rl):
         prompts, n, sampling = stage.batch_size, stage.n, stage.sampling
-    elif isinstance(stage, Dpo) and stage.on_policy:
+    elif isinstance(stage, Preference) and stage.on_policy:
         prompts, n, sampling = stage.on_policy.prompts, stage.on_policy.n, stage.on_policy
+    elif isinstance(stage, ProcessRewardModel) and stage.rollouts:
+        prompts, n, sampling = stage.rollouts.prompts, stage.rollouts.solutions, stage.rollouts
     else:
         return {}
     ids = sorted((r.prompt_ids for rows in data.rows for r in rows), key=len)[-prompts:]

@@ -13,7 +13,7 @@ from posttrain.models.cost import forward_flops_per_token, training_flops_per_to
 from posttrain.models.policy import Policy, outline
 from posttrain.pipeline.memory import Terms, Unpredicted, fit, told
 from posttrain.pipeline.stages import stage_data
-from posttrain.recipe.schema import Dpo, Grpo, Recipe, RewardModel, Stage
+from posttrain.recipe.schema import Grpo, Preference, ProcessRewardModel, Recipe, Rl, ScoringStage, Stage
 from posttrain.training.reward import hold_out
 
 MARKS = ("⟦", "⟧")
@@ -98,25 +98,29 @@ def plan(recipe: Recipe) -> Plan:
 
 def _stage(stage: Stage, data: Prepared, policy: Policy, seed: int) -> StagePlan:
     config = policy.model.config
-    if isinstance(stage, RewardModel):
+    if isinstance(stage, ScoringStage):
         data, _ = hold_out(stage, data)
     rows = [r for part in data.rows for r in part]
     prompt = sum(len(r.prompt_ids) for r in rows) / len(rows)
     answers = sum(len(r.completion_ids) + len(r.rejected_ids) for r in rows) / len(rows)
-    generated, trees, branches = 0, stage.steps * stage.batch_size, 1
-    if isinstance(stage, Dpo | RewardModel):
-        branches = 2
-    if isinstance(stage, Dpo) and stage.on_policy:
-        answers = 2 * stage.on_policy.max_new_tokens
+    generated, trees, branches = 0, stage.steps * stage.batch_size, 2 if rows[0].rejected_ids else 1
+    if isinstance(stage, Preference) and stage.on_policy:
+        branches = stage.width
+        answers = branches * stage.on_policy.max_new_tokens
         generated = stage.on_policy.prompts * stage.on_policy.n * stage.on_policy.max_new_tokens
-    elif isinstance(stage, Grpo):
+    elif isinstance(stage, Rl):
         branches = stage.n
         answers = stage.n * stage.sampling.max_new_tokens
-        generated = -(-stage.steps // stage.iterations) * stage.batch_size * answers
+        generated = -(-stage.steps // stage.period) * stage.batch_size * answers
+        generated *= stage.max_draws if isinstance(stage, Grpo) else 1
+        trees //= stage.minibatches
+    elif isinstance(stage, ProcessRewardModel) and stage.rollouts:
+        answers = stage.rollouts.max_new_tokens
+        generated = stage.rollouts.prompts * stage.rollouts.solutions * answers  # how many steps follow, only they show
     each = prompt + answers  # a prompt and all that hangs on it
     context = prompt + answers / branches
     trained = trees * each
-    targets = branches if isinstance(stage, RewardModel) else answers
+    targets = branches if isinstance(stage, ScoringStage) else answers
     flops = trained * training_flops_per_token(config, policy.adapter is not None, int(context), targets / each)
     flops += generated * forward_flops_per_token(config, int(context))
     memory: Terms | str

@@ -27,10 +27,10 @@ from posttrain.pipeline.progress import Progress
 from posttrain.pipeline.stages import Job, Say, Trainer, run_stage, stage_data, train_here
 from posttrain.recipe.load import load as load_recipe
 from posttrain.recipe.load import resolved
-from posttrain.recipe.schema import Recipe, RewardModel, StageBase
+from posttrain.recipe.schema import Recipe, ScoringStage, StageBase
 from posttrain.records import derive
 from posttrain.report.render import render
-from posttrain.rewards.verifier import score
+from posttrain.rewards.verifier import verify
 from posttrain.sampling.local import LocalSampler
 
 BASE = "base"
@@ -123,7 +123,7 @@ def _do(recipe: Recipe, folder: Path, say: Say, trainer: Trainer) -> None:
 
 def _writes(stage: StageBase) -> bool:
     """Whether its model writes text; a reward model is measured by its stage, on pairs."""
-    return not isinstance(stage, RewardModel)
+    return not isinstance(stage, ScoringStage)
 
 
 class _Measure:
@@ -145,7 +145,7 @@ class _Measure:
         sampler = LocalSampler(policy, Renderer(policy.tokenizer, system=evals.system))
         found: dict[str, Any] = {"model": digest, "evals": asked, "suites": [], "retention": None}
         if self.exam:
-            rows, _ = suites.answer(self.exam, evals, sampler, score, derive(self.recipe.seed, "evals"))
+            rows, _ = suites.answer(self.exam, evals, sampler, verify, derive(self.recipe.seed, "evals"))
             write_rows(self.folder / f"{stage}.jsonl", rows)
             found["suites"] = suites.summarise(rows, evals, stage, digest)
         if evals.retention:

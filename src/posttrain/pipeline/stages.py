@@ -9,33 +9,64 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
+
+from torch import nn
 
 from posttrain.data.chat import Rendered, Renderer
-from posttrain.data.prepare import Prepared, prepare
+from posttrain.data.prepare import Need, Prepared, prepare, prompted
+from posttrain.data.steps import solution
 from posttrain.evals.stats import wilson
 from posttrain.machine import peak_memory
-from posttrain.models.policy import Policy
+from posttrain.models.policy import Policy, outline
 from posttrain.models.reward import fitting, reward_model
 from posttrain.pipeline.folder import digest, read_json, write_json
 from posttrain.pipeline.memory import fit
-from posttrain.recipe.schema import Dpo, Grpo, RewardModel, Sft, Stage, StageBase
+from posttrain.recipe.objectives import OBJECTIVES
+from posttrain.recipe.rewards import Rewarded
+from posttrain.recipe.schema import (
+    Grpo,
+    Preference,
+    ProcessRewardModel,
+    RewardModel,
+    Rl,
+    ScoringStage,
+    Sft,
+    Stage,
+    StageBase,
+)
 from posttrain.records import Example, Ledger, UserError, derive
-from posttrain.rewards.verifier import prove, score
+from posttrain.rewards import build
+from posttrain.rewards.learned import located
+from posttrain.rewards.protocol import Scorer
+from posttrain.rewards.sources import lacking, proven
 from posttrain.sampling.endpoint import EndpointSampler
 from posttrain.sampling.local import LocalSampler
 from posttrain.sampling.protocol import Sampler
 from posttrain.training.batch import Method
-from posttrain.training.dpo import DpoMethod, pairs_from_data, pairs_on_policy, read_pairs, write_pairs
 from posttrain.training.grpo import GrpoMethod
 from posttrain.training.loop import train
 from posttrain.training.oom import FEWER, enough_memory
+from posttrain.training.ppo import PpoMethod
+from posttrain.training.preference import (
+    PreferenceMethod,
+    judged_from_data,
+    judged_on_policy,
+    read_judged,
+    referred,
+    second_model,
+    write_judged,
+)
+from posttrain.training.process_reward import (
+    ProcessRewardMethod,
+    labelled_solutions,
+    read_solutions,
+    verdicts,
+    write_solutions,
+)
 from posttrain.training.reward import RewardMethod, ends, hold_out, preferred
 from posttrain.training.sft import SftMethod
 from posttrain.training.world import ALONE, World
-
-PROOF = 16
-"""Examples of each task on which its verifier must prove itself before it may train."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +113,16 @@ def stage_data(stage: StageBase, policy: Policy, held_out: frozenset[str]) -> Pr
     """The stage's rows, rendered for `policy` and the models made from it.
 
     Raises:
-        UserError: the data cannot be used, the verifier of a task in it fails its proof, or no reward model can be
-            made of such a policy.
+        UserError: the data cannot be used, a reward fails its proof on it, no reward model can be made of such a
+            policy, or another model cannot be its reference.
     """
     renderer = Renderer(policy.tokenizer, system=stage.data.system)
     data = prepare(stage.data, renderer, need=need(stage), held_out=held_out, context=policy.context)
-    if need(stage) == "prompt":
-        _prove(stage, data)
-    if isinstance(stage, RewardModel):
+    if rewarded := _rewarded(stage):
+        proven(rewarded.rewards, _by_task(data))
+    if isinstance(stage, Preference) and stage.reference is not None:
+        second_model(policy, stage, outline)
+    if isinstance(stage, ScoringStage):
         hold_out(stage, data)
         fitting(policy, ends(data))
     return data
@@ -123,7 +156,11 @@ def run_stage(job: Job, say: Say, trainer: Trainer = train_here) -> None:
         say.line(f"{stage.id}: {note}")
 
     held: list[Rendered] = []
-    if isinstance(stage, RewardModel):
+    before = Ledger()
+    made: dict[str, Any] = {}
+    if isinstance(stage, ProcessRewardModel) and stage.rollouts:
+        data, before, made = _labelled(stage, data, start, folder, seed)
+    if isinstance(stage, ScoringStage):
         head = ends(data), derive(seed, stage.id, "head")
         start = reward_model(start, *head)
         data, held = hold_out(stage, data)
@@ -136,8 +173,9 @@ def run_stage(job: Job, say: Say, trainer: Trainer = train_here) -> None:
     if check := read_json(folder / "oracle.json"):
         facts |= {"first_step": check}
     artifact = start.save(folder / "artifact")
-    if held:
-        facts |= {"held_out": _held_out(start, held, stage)}
+    if held and isinstance(stage, ScoringStage):
+        facts |= {"held_out": _held_out(start.model, held, stage)}
+    ledger, facts = before + ledger, made | facts
     finished = time.time()
     record |= {
         "artifact": {"kind": artifact.kind, "path": "artifact", "digest": artifact.digest},
@@ -152,18 +190,59 @@ def run_stage(job: Job, say: Say, trainer: Trainer = train_here) -> None:
     _drop_checkpoints(folder)
 
 
-def need(stage: StageBase) -> Literal["completion", "pair", "prompt"]:
+def need(stage: StageBase) -> Need:
     if isinstance(stage, Sft):
         return "completion"
-    if isinstance(stage, Dpo):
-        return "pair" if stage.on_policy is None else "prompt"
-    return "pair" if isinstance(stage, RewardModel) else "prompt"
+    if rewarded := _rewarded(stage):
+        own = isinstance(stage, Preference) and OBJECTIVES[stage.loss].of == "triples"
+        return partial(prompted, lacks=lacking(rewarded.rewards), own=own)
+    if isinstance(stage, Preference):
+        return "label" if OBJECTIVES[stage.loss].of == "answers" else "pair"
+    if isinstance(stage, ProcessRewardModel):
+        return partial(solution, separator=stage.separator)
+    return "pair"
 
 
-def _held_out(policy: Policy, held: list[Rendered], stage: StageBase) -> dict[str, Any]:
-    """How often a reward model prefers the better answer of pairs it was not trained on."""
-    right = preferred(policy.model, held, stage.tokens_per_forward)
-    return {"n": len(held), "accuracy": sum(right) / len(held), "interval": list(wilson(sum(right), len(held)))}
+def _rewarded(stage: StageBase) -> Rewarded | None:
+    """The block that says what answers to the stage's prompts are worth, where it samples them."""
+    if isinstance(stage, Preference):
+        return stage.on_policy
+    if isinstance(stage, ProcessRewardModel):
+        return stage.rollouts
+    return stage if isinstance(stage, Rewarded) else None
+
+
+def _labelled(
+    stage: ProcessRewardModel, data: Prepared, start: Policy, folder: Path, seed: int
+) -> tuple[Prepared, Ledger, dict[str, Any]]:
+    """The labelled solutions that the stage samples, what they cost, and what is worth recording of them."""
+    kept, cost = folder / "solutions.jsonl", folder / "solutions.json"
+    if not cost.is_file():
+        renderer = Renderer(start.tokenizer, system=stage.data.system)
+        sampler, scorer = LocalSampler(start, renderer), _scorer(stage, data, start, folder)
+        with enough_memory("while solutions were sampled", FEWER):
+            solutions, ledger, facts = labelled_solutions(stage, data, sampler, scorer, renderer, seed)
+        write_solutions(kept, solutions)
+        write_json(cost, {"ledger": asdict(ledger), "facts": facts})
+    made = read_json(cost)
+    return read_solutions(kept, data.report), Ledger(**made["ledger"]), made["facts"]
+
+
+def _held_out(model: nn.Module, held: list[Rendered], stage: ScoringStage) -> dict[str, Any]:
+    """How often a scoring model is right on rows it was not trained on; `chance` is what knowing nothing earns."""
+    if isinstance(stage, RewardModel):
+        right = preferred(model, held, stage.tokens_per_forward)
+        return {**_share(sum(right), len(held)), "of": "pairs", "chance": 0.5}
+    found = verdicts(model, held, stage.tokens_per_forward)
+    accuracy = sum(verdict.right for verdict in found) / len(found)
+    good = sum(verdict.good for verdict in found) / len(found)
+    # Steps of one solution share their fate: the interval is what as many solutions, judged whole, would give.
+    interval = _share(round(accuracy * len(held)), len(held))["interval"]
+    return {"n": len(found), "accuracy": accuracy, "interval": interval, "of": "steps", "chance": max(good, 1 - good)}
+
+
+def _share(k: int, n: int) -> dict[str, Any]:
+    return {"n": n, "accuracy": k / n, "interval": list(wilson(k, n))}
 
 
 def _headed(load: Callable[[], Policy], ends: set[int], seed: int) -> Policy:
@@ -177,39 +256,53 @@ def _method(job: Job, start: Policy, sampler: Sampler, world: World) -> tuple[Me
         return SftMethod(stage, data, seed), Ledger(), {}
     if isinstance(stage, RewardModel):
         return RewardMethod(stage, data, seed), Ledger(), {"pairs": sum(map(len, data.rows))}
-    if isinstance(stage, Grpo):
+    if isinstance(stage, ProcessRewardModel):
+        return ProcessRewardMethod(stage, data, seed), Ledger(), {"solutions": sum(map(len, data.rows))}
+    if isinstance(stage, Rl):
         if stage.endpoint is not None:
             renderer = Renderer(start.tokenizer, system=stage.data.system)
             sampler = EndpointSampler(start, renderer, stage.endpoint, folder / "served")
-        return GrpoMethod(stage, data, start, sampler, score, seed, world), Ledger(), {}
-    kept, cost = folder / "pairs.jsonl", folder / "pairs.json"
+        score = _scorer(stage, data, start, folder)
+        if isinstance(stage, Grpo):
+            return GrpoMethod(stage, data, start, sampler, score, seed, world), Ledger(), {}
+        return PpoMethod(stage, data, start, sampler, score, seed, world), Ledger(), {}
+    kept, cost = folder / "judged.jsonl", folder / "judged.json"
     if not world.gather(cost.is_file())[0]:
         facts: dict[str, Any] = {}
         with enough_memory("while the pairs were made", FEWER):
             if stage.on_policy is None:
-                ledger, pairs = Ledger(), pairs_from_data(start, stage, data, seed, world)
+                ledger, judged = Ledger(), judged_from_data(start, stage, data, seed)
             else:
-                pairs, ledger, facts = pairs_on_policy(start, stage, data, sampler, score, seed, world)
+                scored = _scorer(stage, data, start, folder)
+                judged, ledger, facts = judged_on_policy(stage, data, sampler, scored, seed)
+            judged, by = referred(start, stage, judged, world)
         if world.rank == 0:
-            write_pairs(kept, pairs)
-            write_json(cost, {"ledger": asdict(ledger), "facts": facts})
+            write_judged(kept, judged)
+            write_json(cost, {"ledger": asdict(ledger), "facts": facts | by})
         world.gather(None)  # nobody reads before it is written
-    pairs = read_pairs(kept, len(data.rows))
+    judged = read_judged(kept, len(data.rows))
     made = json.loads(cost.read_text())
-    return DpoMethod(stage, data, seed, pairs), Ledger(**made["ledger"]), made["facts"]
+    return PreferenceMethod(stage, data, seed, judged, start, world), Ledger(**made["ledger"]), made["facts"]
 
 
-def _prove(stage: StageBase, data: Prepared) -> None:
-    by_task: dict[str, list[Example]] = {}
-    for rows in data.rows:
-        for rendered in rows:
-            by_task.setdefault(str(rendered.example.task), []).append(rendered.example)
-    for task, examples in by_task.items():
-        if failures := prove(task, examples[:PROOF]):
-            listed = "\n  ".join(failures[:5])
-            raise UserError(
-                f"stage {stage.id!r}: the verifier of {task} can be fooled, so no model may train on it:\n  {listed}"
-            )
+def _scorer(stage: StageBase, data: Prepared, start: Policy, folder: Path) -> Scorer:
+    rewarded = _rewarded(stage)
+    assert rewarded is not None
+    return build(
+        [located(reward, folder.parent) for reward in rewarded.rewards],
+        Renderer(start.tokenizer, system=stage.data.system),
+        max_unscored=rewarded.max_unscored,
+        examples=[row.example for rows in data.rows for row in rows],
+    )
+
+
+def _by_task(data: Prepared) -> dict[str, list[Example]]:
+    """What there is to prove a rule on: the examples of each generated task, and of each other source."""
+    groups: dict[str, list[Example]] = {}
+    for source, rows in zip(data.report["sources"], data.rows, strict=True):
+        for row in rows:
+            groups.setdefault(row.example.task or source["source"], []).append(row.example)
+    return groups
 
 
 def _told(data: Prepared) -> list[str]:

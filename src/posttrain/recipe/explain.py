@@ -97,7 +97,9 @@ def _doc(block: type[Block]) -> str:
 
 
 def _shown(default: Any) -> str:
-    return "its keys' own" if isinstance(default, Block) else json.dumps(default)
+    if isinstance(default, Block):
+        return "its keys' own"
+    return json.dumps(default, default=lambda block: block.model_dump(exclude_unset=True, by_alias=True))
 
 
 def json_schema() -> dict[str, Any]:

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from posttrain.recipe import tree
 from posttrain.recipe.document import Document
-from posttrain.recipe.schema import SCHEMA_VERSION, Block, Data, Evals, Misfit, Recipe, Source
+from posttrain.recipe.rewards import Reward, Rewarded
+from posttrain.recipe.schema import SCHEMA_VERSION, Block, Data, Evals, Misfit, Preference, Recipe, Source, StageBase
 from posttrain.records import UserError
 
 MAX_BYTES = 1_000_000
@@ -71,6 +72,26 @@ def resolved(recipe: Recipe, base: Path) -> Recipe:
     def in_data(data: Data) -> Data:
         return data.model_copy(update={"sources": tuple(map(in_source, data.sources))})
 
+    def in_rewards(block: Rewarded) -> tuple[Reward, ...]:
+        made = []
+        for reward in block.rewards:
+            given = {name: getattr(reward, name, None) for name in ("source", "reference")}  # of those that are models
+            paths = {name: absolute(value) for name, value in given.items() if value and _is_path(value, base)}
+            made.append(reward.model_copy(update=paths))
+        return tuple(made)
+
+    def in_stage(stage: StageBase) -> StageBase:
+        update: dict[str, Any] = {"data": in_data(stage.data)}
+        if isinstance(stage, Preference) and stage.reference and _is_path(stage.reference.source, base):
+            source = absolute(stage.reference.source)
+            update["reference"] = stage.reference.model_copy(update={"source": source})
+        if isinstance(stage, Rewarded):
+            update["rewards"] = in_rewards(stage)
+        for name in ("on_policy", "rollouts"):
+            if isinstance(own := getattr(stage, name, None), Rewarded):
+                update[name] = own.model_copy(update={"rewards": in_rewards(own)})
+        return stage.model_copy(update=update)
+
     def in_evals(evals: Evals) -> Evals:
         suites = tuple(s.model_copy(update={"source": in_source(s.source)}) for s in evals.suites)
         retention = evals.retention
@@ -83,7 +104,7 @@ def resolved(recipe: Recipe, base: Path) -> Recipe:
         model = model.model_copy(update={"source": absolute(model.source)})
     if model.chat_template not in (None, "chatml"):
         model = model.model_copy(update={"chat_template": absolute(model.chat_template)})
-    stages = tuple(s.model_copy(update={"data": in_data(s.data)}) for s in recipe.stages)
+    stages = tuple(map(in_stage, recipe.stages))
     return recipe.model_copy(update={"model": model, "stages": stages, "evals": in_evals(recipe.evals)})
 
 

@@ -6,25 +6,18 @@ into a JSON Schema for editors.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from posttrain.recipe.base import Block, Misfit
+from posttrain.recipe.objectives import OBJECTIVES, PARAMETERS, Divergence, Loss
+from posttrain.recipe.rewards import STAGE, ModelReward, ProcessReward, Reward, Rewarded
 
 SCHEMA_VERSION = 1
 
 GREEDY_GROUP = "must be above 0: at 0 the completions of a prompt are all the same, and nothing is learned"
-
-
-class Misfit(ValueError):
-    """Keys that are right by themselves and wrong together: (path below this block, what) for each problem."""
-
-    def __init__(self, *problems: tuple[tuple[str | int, ...], str]) -> None:
-        super().__init__("; ".join(what for _, what in problems))
-        self.problems = problems
-
-
-class Block(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
 
 class Lora(Block):
@@ -117,7 +110,10 @@ class StageBase(Block):
     data: Data = Field(description="What the stage learns from.")
     steps: int = Field(ge=1, description="Optimiser steps.")
     batch_size: int = Field(
-        8, ge=1, description="Examples (sft), pairs (dpo, reward_model) or prompts (grpo) in one step."
+        8,
+        ge=1,
+        description="Examples (sft), pairs or what else the loss compares (preference, reward_model), or prompts (grpo)"
+        " in one step.",
     )
     tokens_per_forward: int = Field(
         1024,
@@ -158,7 +154,7 @@ class Sft(StageBase):
     kind: Literal["sft"] = Field(description="The method.")
 
 
-class PairSampling(Sampling):
+class PairSampling(Rewarded, Sampling):
     n: int = Field(8, ge=2, description="Completions per prompt, ranked by the verifier.")
     prompts: int = Field(ge=1, description="How many prompts to sample for before training.")
 
@@ -169,35 +165,123 @@ class PairSampling(Sampling):
         return self
 
 
-class Dpo(StageBase):
-    """Direct preference optimisation (Rafailov et al., 2305.18290) against the stage's own starting point."""
+class Reference(Block):
+    """Another model that the policy is compared with; its tokenizer has the policy's vocabulary."""
 
-    kind: Literal["dpo"] = Field(description="The method.")
+    source: str = Field(description="A directory, a hub id (owner/name), a .gguf file, or pip:PACKAGE/FILE.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
+
+
+class Preference(StageBase):
+    """Learn from answers that were judged beforehand: pairs of a better and a worse one (DPO, Rafailov et al.,
+    2305.18290, and what came after it), ranked lists, or single ones labelled good or bad. docs/preference.md has the
+    losses and what each one reads; a parameter that is left out has the value of the loss's paper."""
+
+    kind: Literal["preference"] = Field(description="The method.")
     optim: Optim = Field(default_factory=lambda: Optim(lr=5e-5), description="Optimiser and its schedule.")
-    beta: float = Field(0.1, gt=0, description="Strength of the pull towards the reference.")
-    label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="Share of labels taken to be flipped (cDPO, Mitchell 2023)."
+    loss: Loss = Field("dpo", description="What is minimised; one value for each pair, list or answer.")
+    reference: Reference | None = Field(None, description="The reference, in place of the stage's starting model.")
+    beta: float | None = Field(
+        None, gt=0, description="What scores are multiplied by: the strength of the pull towards the reference."
     )
-    nll_weight: float = Field(
-        0.0, ge=0, description="Weight of the chosen answer's per-token NLL (RPO, 2404.19733); guards its probability."
+    label_smoothing: float | None = Field(
+        None, ge=0, lt=0.5, description="Share of labels taken to be flipped (cDPO, Mitchell 2023)."
     )
+    gamma: float | None = Field(None, ge=0, description="Margin by which the chosen answer must win, after beta.")
+    tau: float | None = Field(None, gt=0, le=1, description="How wide the mixture of discopop's two losses is.")
+    divergence: Divergence | None = Field(
+        None, description="f-divergence from the reference that scores come from (f-DPO, 2309.16240)."
+    )
+    alpha: float | None = Field(None, description="Of `divergence: alpha`, or of alphapo's reward.")
+    length_alpha: float | None = Field(
+        None, ge=0, le=1, description="Weight of tokens beyond the shorter answer's length (LD-DPO, 2409.06411)."
+    )
+    weighting: bool | None = Field(
+        None, description="Weigh a pair by how likely the policy is to write it itself (WPO, 2406.11827)."
+    )
+    nll_weight: float | None = Field(
+        None, ge=0, description="Weight of the best answer's per-token NLL (RPO, 2404.19733); guards its probability."
+    )
+    desirable_weight: float | None = Field(None, ge=0, description="Weight of answers that are labelled good.")
+    undesirable_weight: float | None = Field(None, ge=0, description="Weight of answers that are labelled bad.")
     on_policy: PairSampling | None = Field(
         None,
-        description="Sample pairs from the stage's starting model and rank them with the task's verifier; "
-        "without it the data must hold pairs.",
+        description="Sample pairs or lists from the stage's starting model and rank them with the task's verifier; "
+        "without it the data must hold pairs, or labelled answers.",
+    )
+
+    @model_validator(mode="after")
+    def _fits_its_loss(self) -> Preference:
+        objective = OBJECTIVES[self.loss]
+        reads = objective.parameters(self.divergence)
+        problems: list[tuple[tuple[str | int, ...], str]] = [
+            ((name,), f"loss {self.loss} does not read it; it reads {', '.join(reads)}")
+            for name in PARAMETERS
+            if name not in reads and getattr(self, name) is not None
+        ]
+        if self.loss == "exo" and self.label_smoothing == 0:
+            problems.append((("label_smoothing",), "must be above 0: loss exo takes its logarithm"))
+        if self.reference is not None and not objective.reference:
+            problems.append((("reference",), f"loss {self.loss} has no reference"))
+        if self.on_policy is not None and objective.of == "answers":
+            problems.append((("on_policy",), f"loss {self.loss} learns from labelled answers, not from ranked ones"))
+        if self.on_policy is None and objective.of in ("lists", "triples"):
+            what = f"missing; loss {self.loss} learns from {objective.of}, which are sampled"
+            problems.append((("on_policy",), what))
+        if self.batch_size < 2 and objective.whole_step:
+            problems.append((("batch_size",), f"must be at least 2: loss {self.loss} compares the answers of a step"))
+        if problems:
+            raise Misfit(*problems)
+        for name, value in reads.items():
+            if getattr(self, name) is None:  # so that a record of the run says what was used
+                object.__setattr__(self, name, value)
+        return self
+
+    @property
+    def width(self) -> int:
+        """Answers that one value of the loss is about."""
+        sampled = self.on_policy.n if self.on_policy else 0
+        return {"answers": 1, "pairs": 2, "triples": 3, "lists": sampled}[OBJECTIVES[self.loss].of]
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What its loss reads."""
+        return {name: getattr(self, name) for name in OBJECTIVES[self.loss].parameters(self.divergence)}
+
+
+class StepSampling(Rewarded, Sampling):
+    """Labels of steps from what becomes of them (Math-Shepherd, Wang et al., 2312.08935): the stage's starting model
+    writes solutions, and completes each of them from the end of each step; `rewards` say which come right."""
+
+    prompts: int = Field(ge=1, description="How many prompts to write solutions to before training.")
+    solutions: int = Field(4, ge=1, description="Solutions to each prompt.")
+    n: int = Field(8, ge=1, description="Completions from the end of each step.")
+    labels: Literal["soft", "hard"] = Field(
+        "soft", description="A step's label: the share of its completions that come right, or whether any does."
+    )
+
+    @model_validator(mode="after")
+    def _completions_differ(self) -> StepSampling:
+        if self.temperature == 0:
+            raise Misfit((("temperature",), GREEDY_GROUP))
+        return self
+
+
+class ScoringStage(StageBase):
+    """What every stage has whose model scores answers and writes none."""
+
+    optim: Optim = Field(default_factory=lambda: Optim(lr=1e-4), description="Optimiser and its schedule.")
+    holdout: float = Field(
+        0.1, ge=0, lt=1, description="Share of the rows kept out of training; accuracy is measured on them."
     )
 
 
-class RewardModel(StageBase):
+class RewardModel(ScoringStage):
     """Bradley-Terry reward model (Ouyang et al., 2203.02155): one number for an answer, read at its last token."""
 
     kind: Literal["reward_model"] = Field(description="The method.")
-    optim: Optim = Field(default_factory=lambda: Optim(lr=1e-4), description="Optimiser and its schedule.")
     centring: float = Field(
         0.0, ge=0, description="Weight of (chosen + rejected reward)^2; keeps rewards around 0 (2312.09244: 0.01)."
-    )
-    holdout: float = Field(
-        0.1, ge=0, lt=1, description="Share of the pairs kept out of training; accuracy is measured on them."
     )
 
     @model_validator(mode="after")
@@ -207,6 +291,17 @@ class RewardModel(StageBase):
                 (("data", "too_long"), "a reward is read where an answer ends: none may be cut; take drop or error")
             )
         return self
+
+
+class ProcessRewardModel(ScoringStage):
+    """Process reward model (Lightman et al., 2305.20050): the chance that a solution is right so far, read at the last
+    token of each step."""
+
+    kind: Literal["process_reward_model"] = Field(description="The method.")
+    separator: str = Field("\n", min_length=1, description="What stands between two steps of an answer.")
+    rollouts: StepSampling | None = Field(
+        None, description="Sample solutions and label their steps; without it the data must hold labelled steps."
+    )
 
 
 class Endpoint(Block):
@@ -219,42 +314,42 @@ class Endpoint(Block):
     retries: int = Field(5, ge=0, description="Further attempts where it is busy, restarting or cut off.")
 
 
-class Grpo(StageBase):
-    """Group-relative policy optimisation (Shao et al., 2402.03300) with a verifier's reward."""
+class Rl(Rewarded, StageBase):
+    """What every stage has that learns from its own samples."""
 
-    kind: Literal["grpo"] = Field(description="The method.")
     optim: Optim = Field(
         default_factory=lambda: Optim(lr=5e-5, schedule="constant"), description="Optimiser and its schedule."
     )
-    n: int = Field(8, ge=2, description="Completions per prompt (the group).")
     sampling: Sampling = Field(default_factory=lambda: Sampling(), description="How completions are drawn.")
-    iterations: int = Field(1, ge=1, description="Optimiser steps on each batch of rollouts.")
+    iterations: int = Field(1, ge=1, description="How often each batch of rollouts is gone through.")
+    minibatches: int = Field(
+        1, ge=1, description="Optimiser steps in which it is gone through each time, each on a part of its completions."
+    )
     staleness: int = Field(
         0,
         ge=0,
         description="Batches by which the sampler may be behind the weights, so that it works while they are trained; "
         "0 is on-policy. Nothing is ahead of a checkpoint.",
     )
-    baseline_std: Literal["group", "batch", "none"] = Field(
-        "group", description="What the centred reward is divided by; none is Dr. GRPO (2503.20783)."
-    )
-    std_eps: float = Field(1e-4, gt=0, description="Added to that deviation (which is the unbiased, n - 1, one).")
-    aggregate: Literal["token", "sequence", "constant"] = Field(
-        "token",
-        description="Mean over the step's tokens (DAPO), mean over sequences of their means (GRPO), "
-        "or sum over sequences divided by max_new_tokens (Dr. GRPO).",
-    )
-    ratio: Literal["token", "sequence"] = Field(
-        "token", description="Importance ratio per token, or one per sequence, its geometric mean (GSPO, 2507.18071)."
-    )
     clip_low: float = Field(0.2, ge=0, lt=1, description="Ratio is clipped below at 1 - clip_low.")
     clip_high: float = Field(0.2, ge=0, description="... and above at 1 + clip_high (clip-higher: 0.28).")
     ratio_cap: float | None = Field(
         None, gt=1, description="Cap on the ratio where the advantage is negative (dual clip)."
     )
-    kl_weight: float = Field(0.0, ge=0, description="Weight of the KL penalty towards the stage's starting model.")
-    kl_estimator: Literal["k1", "k2", "k3"] = Field(
-        "k3", description="Schulman's estimators of that KL: k2 and k3 in the loss, k1 in the reward."
+    entropy_weight: float = Field(
+        0.0, ge=0, description="Weight of the next token's entropy, which is added to what is maximised."
+    )
+    mask_truncated: bool = Field(
+        False, description="A completion that was cut off is compared with, and not learned from (DAPO)."
+    )
+    curriculum: int = Field(
+        1,
+        ge=1,
+        description="How many times batch_size prompts each batch is chosen from: those nearest to being answered "
+        "correctly half of the time so far, new ones first; 1 takes all in turn.",
+    )
+    reference_reset: int = Field(
+        0, ge=0, description="Steps after which the reference of the KL penalty becomes the model of now; 0: never."
     )
     importance: Literal["truncate", "mask", "none"] = Field(
         "truncate",
@@ -266,14 +361,159 @@ class Grpo(StageBase):
         None, description="A server that draws the completions in place of the local engine."
     )
 
+    @property
+    def period(self) -> int:
+        """Optimiser steps on one batch of rollouts."""
+        return self.iterations * self.minibatches
+
     @model_validator(mode="after")
-    def _completions_differ(self) -> Grpo:
+    def _rollouts_fit(self) -> Rl:
+        problems: list[tuple[tuple[str | int, ...], str]] = []
         if self.sampling.temperature == 0:
-            raise Misfit((("sampling", "temperature"), GREEDY_GROUP))
+            problems.append((("sampling", "temperature"), GREEDY_GROUP))
+        if self.reference_reset % self.period:
+            what = f"a batch of rollouts serves {self.period} steps (iterations x minibatches); take a multiple of that"
+            problems.append((("reference_reset",), what))
+        if problems:
+            raise Misfit(*problems)
         return self
 
 
-Stage = Annotated[Sft | Dpo | RewardModel | Grpo, Field(discriminator="kind")]
+READ: dict[str, dict[str, tuple[str, ...]]] = {
+    "objective": {
+        "clip": ("ratio", "clip_low", "clip_high", "ratio_cap"),
+        "cispo": ("ratio", "cispo_cap"),
+        "sapo": ("ratio", "sapo_tau"),
+        "gmpo": ("gmpo_clip",),
+        "vespo": ("vespo_positive", "vespo_negative"),
+    },
+    "advantage": {"group": ("baseline_std", "std_eps"), "leave_one_out": (), "whitened": ()},
+    "kl_in": {"loss": ("kl_corrected",), "reward": ()},
+}
+"""Which keys of a grpo stage each value of another one reads; those that its value does not read must not be set."""
+
+
+class Grpo(Rl):
+    """Policy gradient on groups of completions (Shao et al., 2402.03300) in its many forms, no critic."""
+
+    kind: Literal["grpo"] = Field(description="The method.")
+    n: int = Field(8, ge=1, description="Completions per prompt (the group).")
+    max_draws: int = Field(
+        1,
+        ge=1,
+        description="How often at most batch_size prompts are drawn until there are batch_size groups whose answers "
+        "differ in reward (dynamic sampling, DAPO, 2503.14476); 1 takes the groups as they come.",
+    )
+    advantage: Literal["group", "leave_one_out", "whitened"] = Field(
+        "group",
+        description="What a completion is worth: its reward above the group's mean, above the mean of the others "
+        "(RLOO, 2402.14740), or against all of the step (REINFORCE++, 2501.03262).",
+    )
+    baseline_std: Literal["group", "batch", "none"] = Field(
+        "group", description="What the reward above the group's mean is divided by; none is Dr. GRPO (2503.20783)."
+    )
+    std_eps: float = Field(1e-4, gt=0, description="Added to that deviation (which is the unbiased, n - 1, one).")
+    objective: Literal["clip", "cispo", "sapo", "gmpo", "vespo"] = Field(
+        "clip",
+        description="What is minimised: PPO's clipped surrogate (1707.06347), or that of CISPO (2506.13585), SAPO "
+        "(2511.20347), GMPO (2507.20673) or VESPO (2602.10693).",
+    )
+    ratio: Literal["token", "sequence", "sequence_token", "product"] = Field(
+        "token",
+        description="Importance ratio per token, or one per sequence: its tokens' geometric mean (GSPO, 2507.18071), "
+        "the same with each token's own gradient (GSPO-token), or their product (RLOO).",
+    )
+    cispo_cap: float = Field(5.0, gt=0, description="Largest weight of a token; the paper's 1 + epsilon_high.")
+    sapo_tau: tuple[float, float] = Field(
+        (1.0, 1.05), description="How fast the gate closes where the advantage is positive, and where it is not."
+    )
+    gmpo_clip: float = Field(0.4, gt=0, description="Each token's log-ratio is held within this of 0.")
+    vespo_positive: tuple[float, float] = Field((2.0, 3.0), description="Shape (k, b) of the weight, advantage >= 0.")
+    vespo_negative: tuple[float, float] = Field((3.0, 2.0), description="... and where the advantage is negative.")
+    aggregate: Literal["token", "sequence", "constant", "sum"] = Field(
+        "token",
+        description="Mean over the step's tokens (DAPO), mean over sequences of their means (GRPO), "
+        "of their sums divided by max_new_tokens (Dr. GRPO), or of their sums (RLOO, LUSPO).",
+    )
+    kl_weight: float = Field(0.0, ge=0, description="Weight of the KL penalty towards the stage's starting model.")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="Schulman's estimators of that KL.")
+    kl_in: Literal["loss", "reward"] = Field(
+        "loss",
+        description="loss: a term for each token. reward: taken off a completion's reward, summed over its tokens, "
+        "before rewards are compared.",
+    )
+    kl_corrected: bool = Field(
+        False,
+        description="Multiply the term by the token's importance ratio and let the gradient through it: with k1 or k3 "
+        "it is then the KL's own (DeepSeek-V3.2, 2512.02556).",
+    )
+
+    @model_validator(mode="after")
+    def _read(self) -> Grpo:
+        problems: list[tuple[tuple[str | int, ...], str]] = []
+        for key, table in READ.items():
+            mine = table[getattr(self, key)]
+            for other in dict.fromkeys(name for names in table.values() for name in names if name not in mine):
+                if other in self.model_fields_set and getattr(self, other) != type(self).model_fields[other].default:
+                    what = f"{key}: {getattr(self, key)} does not read it"
+                    problems.append(((other,), what + (f"; it reads {', '.join(mine)}" if mine else "")))
+        if self.n == 1 and (self.advantage != "whitened" or self.max_draws > 1):
+            problems.append((("n",), "one completion has nothing to be compared with; take 2 or more"))
+        if self.max_draws > 1 and self.staleness:
+            problems.append((("max_draws",), "a sampler that is asked ahead cannot know what more will be needed"))
+        if self.kl_weight and self.kl_in == "loss":
+            if self.kl_estimator == "k1" and not self.kl_corrected:
+                what = "k1 in the loss pulls nowhere on average; take kl_in: reward, kl_corrected: true, k2 or k3"
+                problems.append((("kl_estimator",), what))
+            if self.kl_estimator == "k2" and self.kl_corrected:
+                what = "k2's gradient is the KL's own as it stands; leave kl_corrected out"
+                problems.append((("kl_corrected",), what))
+        if problems:
+            raise Misfit(*problems)
+        return self
+
+
+class Ppo(Rl):
+    """Proximal policy optimisation (Schulman et al., 1707.06347; Ouyang et al., 2203.02155) with a critic: a linear
+    head on the policy's own hidden states."""
+
+    kind: Literal["ppo"] = Field(description="The method.")
+    n: int = Field(1, ge=1, description="Completions per prompt.")
+    iterations: int = Field(4, ge=1, description="How often each batch of rollouts is gone through.")
+    gamma: float = Field(1.0, gt=0, le=1, description="Discount of a token's reward for each token before it.")
+    gae_lambda: float = Field(
+        0.95, ge=0, le=1, description="Generalised advantage estimation (1506.02438): 0 trusts the critic, 1 rewards."
+    )
+    value_weight: float = Field(0.1, gt=0, description="Weight of the critic's loss.")
+    value_clip: float | None = Field(
+        0.2, gt=0, description="A value is held within this of what it was when the batch was scored; null: it is not."
+    )
+    missing_eos_penalty: float = Field(0.0, ge=0, description="Taken off the score of a completion that did not end.")
+    kl_weight: float = Field(0.05, ge=0, description="Weight of the KL penalty in the reward of each token.")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field("k1", description="Schulman's estimators of that KL.")
+    kl_target: float | None = Field(
+        None,
+        gt=0,
+        description="KL of a whole completion, nats, that kl_weight is steered to after each batch (Ziegler et al., "
+        "1909.08593); null: it stays.",
+    )
+
+    @model_validator(mode="after")
+    def _steerable(self) -> Ppo:
+        if self.kl_target is not None and not self.kl_weight:
+            raise Misfit((("kl_weight",), "must be above 0 where kl_target steers it: it is where that starts"))
+        return self
+
+
+Stage = Annotated[Sft | Preference | RewardModel | ProcessRewardModel | Grpo | Ppo, Field(discriminator="kind")]
+
+
+def _rewards(stage: StageBase) -> Iterator[tuple[tuple[str | int, ...], Reward]]:
+    """Every reward that the stage names, and where."""
+    for path in ((), ("on_policy",), ("rollouts",)):
+        block = getattr(stage, path[0], None) if path else stage
+        if isinstance(block, Rewarded):
+            yield from (((*path, "rewards", i), reward) for i, reward in enumerate(block.rewards))
 
 
 class Suite(Block):
@@ -347,8 +587,15 @@ class Recipe(Block):
                 there = ", ".join(writers)
                 what = f"{start!r} is a reward model, which writes no text; start from another one (there are: {there})"
                 problems.append((("stages", i, "from"), what))
+            for path, reward in _rewards(stage):
+                if isinstance(reward, ModelReward | ProcessReward) and reward.source.startswith(STAGE):
+                    scorers = [name for name in stages if name not in writers]
+                    if (name := reward.source.removeprefix(STAGE)) not in scorers:
+                        there = ", ".join(scorers) or "none"
+                        what = f"{name!r} is no earlier stage that makes a reward model (there are: {there})"
+                        problems.append((("stages", i, *path, "source"), what))
             stages.append(stage.id)
-            if stage.kind != "reward_model":
+            if not isinstance(stage, ScoringStage):
                 writers.append(stage.id)
         suites: list[str] = []
         for i, suite in enumerate(self.evals.suites):
@@ -357,7 +604,7 @@ class Recipe(Block):
                 problems.append((where, f"{suite.id!r} is taken; give each suite its own (not 'retention')"))
             suites.append(suite.id)
         known = [*suites, *(["retention"] if self.evals.retention else [])]
-        if self.gates and self.stages[-1].kind == "reward_model":
+        if self.gates and isinstance(self.stages[-1], ScoringStage):
             what = "gates speak of the last stage's model, and a reward model answers no suite; put that stage earlier"
             problems.append((("gates",), what))
         for i, gate in enumerate(self.gates):

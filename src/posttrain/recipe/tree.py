@@ -99,7 +99,7 @@ def _parts(annotation: Any) -> tuple[Any, ...]:
     return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
 
 
-_NOUNS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+_NOUNS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Any: "anything"}
 _PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
 
 

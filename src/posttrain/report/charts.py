@@ -179,6 +179,26 @@ def difference(title: str, diff: float, interval: tuple[float, float], limit: fl
     return _svg(width, height, title, "dot: difference; line: its 95 % interval; upright line: no difference", parts)
 
 
+def bars(title: str, values: Mapping[str, float], write: Callable[[float], str]) -> Markup:
+    """A bar for each named value, from a common zero."""
+    row, left, right = 14, 92, 244
+    low, high = min(0.0, *values.values()), max(0.0, *values.values())
+
+    def x(value: float) -> float:
+        return left + (right - left) * ((value - low) / (high - low) if high > low else 0.0)
+
+    parts = []
+    for i, (name, value) in enumerate(values.items()):
+        start, stop, y = min(x(0), x(value)), max(x(0), x(value)), 4 + row * i
+        parts += [
+            _text(left - 6, y + 9, name, "end"),
+            f'<rect x="{start:.1f}" y="{y}" width="{stop - start:.1f}" height="9" class="fill"/>',
+            _text(max(stop, left) + 5, y + 9, write(value), "start"),
+        ]
+    said = "; ".join(f"{name}: {write(value)}" for name, value in values.items())
+    return _svg(300, 8 + row * len(values), title, said, parts)
+
+
 def bar(title: str, share: float) -> Markup:
     """A share of a whole, as a bar."""
     parts = [

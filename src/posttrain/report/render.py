@@ -26,29 +26,39 @@ LONGEST_ANSWER = 800  # characters; what is cut is said
 
 KINDS = {
     "sft": "supervised fine-tuning",
-    "dpo": "direct preference optimisation",
+    "preference": "preference optimisation",
     "reward_model": "reward model",
-    "grpo": "reinforcement learning from a verifier",
+    "process_reward_model": "process reward model",
+    "grpo": "reinforcement learning on groups of answers",
+    "ppo": "reinforcement learning with a critic",
 }
 
 SERIES = {
     "loss": "training loss of the step",
     "reward": "mean reward of the step's completions",
     "signal": "share of groups whose completions differ in reward",
-    "margin": "reward of chosen above rejected, implicit in DPO",
+    "draws": "times that prompts were drawn for the step",
+    "margin": "score of chosen above rejected, times beta",
     "accuracy": "share of pairs in which chosen is preferred",
     "chosen_reward": "mean reward of the chosen answers",
     "rejected_reward": "mean reward of the rejected answers",
+    "good": "share of steps that are labelled good",
+    "said_good": "mean chance of being good that the model gives a step",
     "chosen_logp": "log-probability of the chosen answer, nats",
     "rejected_logp": "log-probability of the rejected answer, nats",
     "length": "mean completion length, tokens",
+    "length_reward": "correlation of reward with length, within the completions of a prompt",
     "entropy": "of the next token, nats",
     "kl": "from the stage's starting model, nats per token",
+    "kl_weight": "weight of the KL penalty",
+    "value_loss": "loss of the critic",
+    "explained": "share of the returns' variance that the critic explains",
     "ratio_min": "lowest importance ratio of the step",
     "ratio_max": "highest importance ratio of the step",
     "clipped": "share of tokens whose ratio was clipped",
     "mismatch_min": "lowest ratio of the trainer's to the sampler's probability of a token",
     "mismatch_max": "highest ratio of the trainer's to the sampler's probability of a token",
+    "unscored": "share of completions that the reward could not score",
     "unparsed": "share of completions that no answer could be read from",
     "truncated": "share of completions cut at the longest length",
     "grad_norm": "gradient norm before clipping",
@@ -65,6 +75,12 @@ TOGETHER: dict[tuple[str, ...], str] = {
     ("mismatch_min", "mismatch_max"): "lowest and highest ratio of the trainer's to the sampler's probability",
 }
 """Series that are read against each other share a panel."""
+COUNTS = {
+    "ratio_counts": "importance ratios of the stage, share of tokens",
+    "mismatch_counts": "ratios of the trainer's to the sampler's probability, share of tokens",
+    "length_counts": "lengths in tokens, share of completions",
+}
+"""Metrics that are counts by name, with what they count."""
 
 LEDGER = {
     "prompt_tokens": "prompt tokens computed by the sampler",
@@ -276,7 +292,38 @@ def _panels(metrics: Sequence[Row]) -> list[Row]:
         ends = [{"name": n, "first": points[0][1], "last": points[-1][1]} for n, points in shown.items()]
         about = TOGETHER.get(tuple(shown)) or SERIES.get(key)
         panels.append({"title": title, "about": about, "ends": ends, "svg": charts.curve(title, shown)})
+    return panels + _bars(metrics)
+
+
+def _bars(metrics: Sequence[Row]) -> list[Row]:
+    """What was counted in all steps of a stage together, and the mean reward of completions by their length."""
+    counts = {key: _added(metrics, key) for key in (*COUNTS, "length_rewards")}
+    shown = {
+        key: ({label: count / sum(counts[key].values()) for label, count in counts[key].items()}, text.percent)
+        for key in COUNTS
+        if sum(counts[key].values()) > 0
+    }
+    panels = [
+        {
+            "title": key.replace("_counts", " in bins"),
+            "about": COUNTS[key],
+            "svg": charts.bars(COUNTS[key], values, write),
+        }
+        for key, (values, write) in shown.items()
+    ]
+    rewards = {label: counts["length_rewards"].get(label, 0) / n for label, n in counts["length_counts"].items() if n}
+    if rewards:
+        about = "mean reward by length in tokens"
+        panels.append({"title": "reward by length", "about": about, "svg": charts.bars(about, rewards, text.number)})
     return panels
+
+
+def _added(metrics: Sequence[Row], key: str) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for row in metrics:
+        for label, count in row[key].items() if isinstance(row.get(key), dict) else ():
+            total[label] = total.get(label, 0) + (count if text.is_number(count) else 0)
+    return total
 
 
 def _suites(resolved: Row, evals: Row, stages: Sequence[Row]) -> list[Row]:

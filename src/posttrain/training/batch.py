@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from posttrain.data.chat import Rendered
 from posttrain.data.prepare import schedule
@@ -20,6 +20,9 @@ from posttrain.recipe.schema import StageBase
 from posttrain.records import Example, Ledger, derive
 from posttrain.training.world import ALONE, World
 
+Metrics = Mapping[str, float | Mapping[str, float]]
+"""What is measured in a step: numbers, and counts by the name of what was counted."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -29,7 +32,7 @@ class Batch:
     units: tuple[tuple[int, ...], ...]
     """Rows that must meet in one forward pass: (i,) alone, (chosen, rejected) of a pair."""
     counts: Counts
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=dict)
     """What is known before the update: rewards, lengths."""
     samples: tuple[dict[str, Any], ...] = ()
     """A few completions to keep for the reader."""
@@ -49,13 +52,25 @@ class Method(Protocol):
     def forward(self, model: torch.nn.Module, forest: Forest, states: States) -> Tensor:
         """What the loss needs of the model. `states` gives the hidden states [T, D] of a forest."""
 
-    def loss(
-        self, batch: Batch, rows: Sequence[int], forest: Forest, outputs: Tensor
-    ) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, batch: Batch, rows: Sequence[int], forest: Forest, outputs: Tensor) -> tuple[Tensor, Metrics]:
         """This forward pass's part of the step's loss, and of its metrics. `rows[i]` is row i of the forest.
 
         Parts add up over the passes of a step and over workers; metrics that end in _min and _max are combined so.
         """
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """A method that carries more from step to step than the policy's weights."""
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Weights of its own (a critic's), by names that the policy has not; trained and kept as the policy's are."""
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a checkpoint must hold besides, as tensors and as what JSON can hold."""
+
+    def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Take back what `state` gave."""
 
 
 class LogProbs:
@@ -69,10 +84,18 @@ class LogProbs:
 
 
 def draws(
-    stage: StageBase, sources: Sequence[Sequence[Any]], weights: Sequence[float], seed: int, period: int = 1
+    stage: StageBase,
+    sources: Sequence[Sequence[Any]],
+    weights: Sequence[float],
+    seed: int,
+    period: int = 1,
+    choice: int = 1,
 ) -> list[tuple[int, int]]:
-    """(source, row) of all that the stage learns from, batch after batch of `batch_size`, each used `period` steps."""
-    slots = math.ceil(stage.steps / period) * stage.batch_size
+    """(source, row) of all that the stage learns from, batch after batch, each used `period` steps.
+
+    There are `batch_size` for a batch, or `choice` times as many where it is chosen from so many.
+    """
+    slots = math.ceil(stage.steps / period) * stage.batch_size * choice
     return schedule([len(rows) for rows in sources], weights, slots, derive(seed, stage.id, "order"))
 
 
@@ -123,17 +146,29 @@ def passes(
 
 
 @torch.no_grad()
+def frozen(
+    policy: Policy,
+    compute: Callable[..., Tensor],
+    rows: Sequence[Row],
+    budget: int,
+    *args: Any,
+    world: World = ALONE,
+) -> list[Tensor]:
+    """For each row what `compute(model, forest, *args)`, [..., T], gives at its completion, as constants."""
+    mine, idle = passes(rows, [(i,) for i in range(len(rows))], budget, world)
+    found: dict[int, Tensor] = {}
+    for members in mine:
+        forest = pack([rows[i] for i in members])
+        outputs = policy.run(compute, forest, *args)
+        found |= {i: outputs[..., start:stop].clone() for i, (start, stop) in zip(members, forest.spans, strict=True)}
+    for _ in range(idle):
+        policy.run(compute, pack([min(rows, key=len)]), *args)
+    together = {i: outputs for part in world.gather(found) for i, outputs in part.items()}
+    return [together[i] for i in range(len(rows))]
+
+
 def frozen_logprobs(
     policy: Policy, rows: Sequence[Row], budget: int, temperature: float = 1.0, world: World = ALONE
 ) -> list[list[float]]:
     """For each row the log-probabilities of its completion tokens (0 where not a target), as constants."""
-    mine, idle = passes(rows, [(i,) for i in range(len(rows))], budget, world)
-    found: dict[int, list[float]] = {}
-    for members in mine:
-        forest = pack([rows[i] for i in members])
-        logps_T = policy.run(token_logprobs, forest, temperature)
-        found |= {i: logps_T[start:stop].tolist() for i, (start, stop) in zip(members, forest.spans, strict=True)}
-    for _ in range(idle):
-        policy.run(token_logprobs, pack([min(rows, key=len)]), temperature)
-    together = {i: logps for part in world.gather(found) for i, logps in part.items()}
-    return [together[i] for i in range(len(rows))]
+    return [logps.tolist() for logps in frozen(policy, token_logprobs, rows, budget, temperature, world=world)]

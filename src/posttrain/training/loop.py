@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import Parameter
 
 from posttrain.forest import Forest, hidden_states, pack
 from posttrain.models.cost import training_flops_per_token
@@ -22,7 +23,7 @@ from posttrain.models.policy import Policy
 from posttrain.recipe.schema import StageBase
 from posttrain.records import Failure, Ledger, UserError, derive
 from posttrain.training import checkpoint, oracle
-from posttrain.training.batch import Batch, Method, interval, passes
+from posttrain.training.batch import Batch, Method, Metrics, Stateful, interval, passes
 from posttrain.training.oom import FEWER, enough_memory, halving
 from posttrain.training.optim import AdamW, adamw, clip, learning_rate, load_state, state_tensors
 from posttrain.training.world import ALONE, World, local
@@ -59,10 +60,10 @@ def train(
         UserError: the folder cannot be written.
     """
     leads = world.rank == 0
-    parameters = policy.parameters()
+    parameters = trained(policy, method)
     optimizer = adamw(parameters.items(), stage.optim)
     checkpoints = folder / "checkpoints"
-    start, ledger, budget = _restore(checkpoints, policy, optimizer, stage, warn, world)
+    start, ledger, budget = _restore(checkpoints, policy, method, optimizer, stage, warn, world)
     metrics_path, samples_path = folder / "metrics.jsonl", folder / "samples.jsonl"
     if leads:
         with _writing(folder):
@@ -136,20 +137,31 @@ def train(
             if due:
                 tensors = {f"weights/{name}": p.detach() for name, p in parameters.items()}
                 tensors |= {f"optimizer/{name}": t for name, t in state_tensors(optimizer).items()}
-                writer.save(done, tensors, {"ledger": asdict(ledger), "tokens_per_forward": budget})
+                own, carried = _carried(method)
+                tensors |= {f"method/{name}": t for name, t in own.items()}
+                state = {"ledger": asdict(ledger), "tokens_per_forward": budget, "method": carried}
+                writer.save(done, tensors, state)
     return ledger
 
 
-def _gradient(
-    policy: Policy, method: Method, batch: Batch, world: World, budget: int
-) -> tuple[dict[str, float], Ledger]:
+def trained(policy: Policy, method: Method) -> dict[str, Parameter]:
+    """All that is trained, by name: the policy's weights and the method's own."""
+    return policy.parameters() | (method.parameters() if isinstance(method, Stateful) else {})
+
+
+def _carried(method: Method) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """What a checkpoint must hold of it."""
+    return method.state() if isinstance(method, Stateful) else ({}, {})
+
+
+def _gradient(policy: Policy, method: Method, batch: Batch, world: World, budget: int) -> tuple[dict[str, Any], Ledger]:
     """Leave the step's gradient in the parameters; returns the loss and the method's metrics, and the cost.
 
     Its parts add up to the same however the step is cut into passes of at most `budget` tokens.
     """
-    for parameter in policy.parameters().values():
+    for parameter in trained(policy, method).values():
         parameter.grad = None  # of an attempt for which there was too little memory
-    found: list[dict[str, float]] = []
+    found: list[Metrics] = []
     cost = Ledger()
     mine, idle = passes(batch.rows, batch.units, budget, world)
     left = len(mine) + idle
@@ -169,11 +181,17 @@ def _gradient(
     return _together([part for parts, _ in everyone for part in parts]), sum((c for _, c in everyone), Ledger())
 
 
-def _together(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Parts of a step's metrics as one: added up, but for those that end in _min and _max."""
+def _together(parts: Sequence[Metrics]) -> dict[str, Any]:
+    """Parts of a step's metrics as one: added up, counts one by one, but for those that end in _min and _max."""
     names = dict.fromkeys(["loss", *(name for part in parts for name in part)])
-    how = {"_min": min, "_max": max}
-    return {name: how.get(name[-4:], sum)([part[name] for part in parts if name in part]) for name in names}
+    return {name: _one(name, [part[name] for part in parts if name in part]) for name in names}
+
+
+def _one(name: str, values: Sequence[Any]) -> Any:
+    if values and isinstance(values[0], Mapping):
+        labels = dict.fromkeys(label for counts in values for label in counts)
+        return {label: sum(counts.get(label, 0) for counts in values) for label in labels}
+    return {"_min": min, "_max": max}.get(name[-4:], sum)(values)
 
 
 def _cost(policy: Policy, forest: Forest, unrolled: int) -> Ledger:
@@ -191,6 +209,7 @@ def _cost(policy: Policy, forest: Forest, unrolled: int) -> Ledger:
 def _restore(
     checkpoints: Path,
     policy: Policy,
+    method: Method,
     optimizer: AdamW,
     stage: StageBase,
     warn: Callable[[str], None],
@@ -201,7 +220,7 @@ def _restore(
     if found is None:
         return 0, Ledger(), stage.tokens_per_forward
     step, stored, state = found
-    weights = {f"weights/{name}": p for name, p in policy.parameters().items()}
+    weights = {f"weights/{name}": p for name, p in trained(policy, method).items()}
     if {n: form for n, form in stored.forms.items() if n.startswith("weights/")} != _forms(weights):
         raise UserError(f"{checkpoints}: holds the weights of another model or adapter; choose another --out")
     with torch.no_grad():
@@ -214,6 +233,9 @@ def _restore(
             like = weights.get(f"weights/{path.rpartition('/')[0]}") if shape else None
             moments[path] = stored.read(name) if like is None else stored.like(name, like)
     load_state(optimizer, moments)
+    if isinstance(method, Stateful):
+        own, _ = _carried(method)
+        method.restore({name: stored.like(f"method/{name}", t) for name, t in own.items()}, state["method"])
     return step, Ledger(**state["ledger"]), state["tokens_per_forward"]
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from posttrain.data.chat import Rendered
 from posttrain.data.prepare import Prepared, prompt_key
-from posttrain.forest import Forest, Row, hidden_states, pack, split
+from posttrain.forest import Forest, Row, hidden_states
 from posttrain.forest.logprobs import States
 from posttrain.losses import Counts, bradley_terry, reduce_pairs
-from posttrain.models.reward import head
-from posttrain.recipe.schema import RewardModel
+from posttrain.models.reward import head, marked, read
+from posttrain.recipe.schema import RewardModel, ScoringStage
 from posttrain.records import UserError
 from posttrain.training.batch import Batch, draws, pair_sample
 
@@ -73,48 +74,43 @@ def _row(prompt: tuple[int, ...], answer: tuple[int, ...]) -> Row:
 
 
 def ends(data: Prepared) -> set[int]:
-    """The tokens at which rewards are read."""
-    return {side[-1] for rows in data.rows for pair in rows for side in (pair.completion_ids, pair.rejected_ids)}
+    """The tokens that the sequences to be scored end with."""
+    sides = (side for rows in data.rows for row in rows for side in (row.completion_ids, row.rejected_ids))
+    return {side[-1] for side in sides if side}
 
 
-def hold_out(stage: RewardModel, data: Prepared) -> tuple[Prepared, list[Rendered]]:
-    """The pairs to learn from, and those kept out to measure on: `holdout` of all, to the prompt that reaches it.
+def hold_out(stage: ScoringStage, data: Prepared) -> tuple[Prepared, list[Rendered]]:
+    """The rows to learn from, and those kept out to measure on: `holdout` of all, to the prompt that reaches it.
 
-    Pairs of one prompt stay on one side. Which prompts are kept out is decided by a hash of their text alone, so it
+    Rows of one prompt stay on one side. Which prompts are kept out is decided by a hash of their text alone, so it
     is the same whatever the seed, the order of the rows and the other sources.
 
     Raises:
         UserError: a side is left with too little.
     """
-    pairs = [pair for rows in data.rows for pair in rows]
+    everything = [row for rows in data.rows for row in rows]
     if not stage.holdout:
         return data, []
     by_prompt: dict[str, list[Rendered]] = {}
-    for pair in pairs:
-        by_prompt.setdefault(prompt_key(pair.example), []).append(pair)
+    for row in everything:
+        by_prompt.setdefault(prompt_key(row.example), []).append(row)
     kept: dict[str, list[Rendered]] = {}
     for key in sorted(by_prompt, key=lambda key: hashlib.sha256(f"held out {key}".encode()).digest()):
-        if sum(map(len, kept.values())) >= stage.holdout * len(pairs):
+        if sum(map(len, kept.values())) >= stage.holdout * len(everything):
             break
         kept[key] = by_prompt[key]
-    held = [pair for rows in kept.values() for pair in rows]
-    rows = tuple(tuple(pair for pair in part if prompt_key(pair.example) not in kept) for part in data.rows)
+    held = [row for rows in kept.values() for row in rows]
+    rows = tuple(tuple(row for row in part if prompt_key(row.example) not in kept) for part in data.rows)
     if len(held) < 2 or not all(rows):
         raise UserError(
-            f"stage {stage.id!r}: holdout {stage.holdout:g} of {len(pairs)} pairs over {len(by_prompt)} prompts leaves "
-            f"{len(pairs) - len(held)} to learn from and {len(held)} to measure on; each source needs one of the "
-            "former, and the latter must be at least 2: change holdout (0 measures nothing) or give more pairs"
+            f"stage {stage.id!r}: holdout {stage.holdout:g} of {len(everything)} rows over {len(by_prompt)} prompts "
+            f"leaves {len(everything) - len(held)} to learn from and {len(held)} to measure on; each source needs one "
+            "of the former, and the latter must be at least 2: change holdout (0 measures nothing) or give more rows"
         )
     return data._replace(rows=rows), held
 
 
-@torch.no_grad()
 def preferred(model: torch.nn.Module, pairs: Sequence[Rendered], budget: int) -> list[bool]:
     """For each pair whether the model gives the chosen answer the higher reward; a tie is no."""
-    rows = [row for pair in pairs for row in answers(pair)]
-    found = [False] * len(pairs)
-    for units in split(rows, [(2 * p, 2 * p + 1) for p in range(len(pairs))], budget):
-        forest = pack([rows[i] for p in units for i in (2 * p, 2 * p + 1)])
-        for p, (better, worse) in zip(units, rewards(model, forest).view(-1, 2).tolist(), strict=True):
-            found[p] = better > worse
-    return found
+    found = read(partial(marked, model), [row for pair in pairs for row in answers(pair)], budget)
+    return [better > worse for better, worse in zip(found[0::2], found[1::2], strict=True)]

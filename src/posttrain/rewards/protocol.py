@@ -1,0 +1,101 @@
+"""What a reward is: answers in, one Score for each out. A score that cannot be had is None, never 0."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from posttrain.records import Example, Failure, Rollout, Score, UserError
+
+Scorer = Callable[[Sequence[Rollout]], list[Score]]
+"""Scores a whole batch, one Score for each rollout and in their order."""
+
+
+@dataclass(frozen=True)
+class Cases:
+    """Answers to one example by which a rule is proven: what must earn 1, and what must not; by what they are."""
+
+    right: Mapping[str, str] = field(default_factory=dict)
+    wrong: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A reward that goes by what an answer says, one answer at a time."""
+
+    score: Callable[[Example, str], Score]
+    cases: Callable[[Example], Cases]
+    lacks: Callable[[Example], str] = lambda example: ""
+    """Why no answer to this example could be scored; empty where one can."""
+    where: Literal["worker", "threads", "here"] = "worker"
+    """What may hang or crash runs in worker processes, which end with it; what waits for processes of its own, in
+    threads; only what takes time linear in its text, here."""
+    seconds: float = 10.0
+    """Time limit of one answer in a worker."""
+    form: bool = False
+    """Whether it looks at the form of an answer alone, so that one text may be right for every example."""
+
+
+def judged(rule: Rule, example: Example, text: str) -> Score:
+    """The rule's score, finite or None with its cause."""
+    try:
+        return finite(rule.score(example, text))
+    except UserError:
+        raise
+    except Exception as error:  # a rule may raise anything on what a model writes
+        return Score(None, "error", why=f"{type(error).__name__}: {error}")
+
+
+def finite(score: Score) -> Score:
+    """`score`, or an unscored one where its value is no finite number."""
+    value = score.value
+    if value is None:
+        return replace(score, outcome="error", why=score.why or "the reward gave no value")
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return replace(score, value=None, outcome="error", why=f"the reward gave {value!r}")
+    return score
+
+
+def guarded(score: Scorer) -> Scorer:
+    """`score`, where one that raises leaves its whole batch unscored, and NaN or infinity is no score.
+
+    Raises:
+        Failure: it gives more or fewer scores than there are rollouts.
+    """
+
+    def scored(rollouts: Sequence[Rollout]) -> list[Score]:
+        try:
+            scores = score(rollouts)
+        except (UserError, Failure):
+            raise
+        except Exception as error:  # learned rewards and those of users may raise anything
+            scores = [Score(None, "error", why=f"{type(error).__name__}: {error}")] * len(rollouts)
+        if len(scores) != len(rollouts):
+            raise Failure(f"a reward gave {len(scores)} scores for {len(rollouts)} answers; it must give one for each")
+        return [finite(found) for found in scores]
+
+    return scored
+
+
+def limited(score: Scorer, max_unscored: float) -> Scorer:
+    """`score`, which stops the run where more than the share `max_unscored` of a batch has none.
+
+    Raises:
+        Failure: so it is; names the most frequent causes.
+    """
+
+    def scored(rollouts: Sequence[Rollout]) -> list[Score]:
+        scores = score(rollouts)
+        causes = Counter(found.why for found in scores if found.value is None)
+        if causes.total() > max_unscored * len(rollouts):
+            listed = "\n  ".join(f"{n} x {why}" for why, n in causes.most_common(3))
+            raise Failure(
+                f"{causes.total()} of {len(rollouts)} answers could not be scored, more than max_unscored "
+                f"({max_unscored:.0%}) allows; mend the reward, or raise max_unscored. Most often:\n  {listed}"
+            )
+        return scores
+
+    return scored
