@@ -251,10 +251,10 @@ def test_tools_and_calls_are_written_or_refused() -> None:
 def test_plain_text_starts_with_bos_ends_with_eos_and_spells_itself(text: str) -> None:
     tokenizer = TOKENIZERS["llama3"]
     (row,) = Renderer(tokenizer).render(Example(id="t", text=text))
-    assert raw(tokenizer, row.completion_ids) == f"<s>{text}</s>"
-    assert row.completion_ids.count(tokenizer.bos_token_id) == 1
-    assert row.completion_target == (False, *[True] * (len(row.completion_ids) - 1))
-    assert row.prompt_ids == ()
+    assert row.prompt_ids == (tokenizer.bos_token_id,)
+    assert raw(tokenizer, row.completion_ids) == f"{text}</s>"
+    assert row.completion_ids.count(tokenizer.bos_token_id) == 0
+    assert all(row.completion_target)
 
 
 def test_reserved_private_use_characters_are_refused() -> None:

@@ -166,7 +166,7 @@ def test_schedule_has_a_fresh_order_for_each_epoch_source_and_seed() -> None:
         ("llamafactory_demo/alpaca_en_demo.json.gz", "completion"),
         ("llamafactory_demo/dpo_en_demo.json.gz", "pair"),
         ("hh_rlhf_harmless_test/test.jsonl.gz", "pair"),
-        ("llamafactory_demo/wiki_demo.txt.gz", "completion"),
+        ("llamafactory_demo/wiki_demo.txt.gz", "text"),
     ],
 )
 def test_real_sets_are_prepared(shared_data: Path, file: str, need: Need) -> None:

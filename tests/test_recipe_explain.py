@@ -52,7 +52,7 @@ def test_text_has_type_range_default_and_meaning() -> None:
     assert "none; it must be given" in explain("stages.sft.steps")
 
 
-KINDS = ("sft", "preference", "reward_model", "process_reward_model", "grpo", "ppo")
+KINDS = ("continued_pretraining", "sft", "preference", "reward_model", "process_reward_model", "grpo", "ppo")
 
 
 def test_blocks_list_their_keys_and_kinds_their_paper() -> None:
@@ -64,7 +64,7 @@ def test_blocks_list_their_keys_and_kinds_their_paper() -> None:
 def test_an_ending_names_one_key_of_several_kinds_with_each_default() -> None:
     assert [k.path for k in lookup("optim.lr")] == [f"stages.{kind}.optim.lr" for kind in KINDS]
     text = explain("optim.lr")
-    assert "0.0002 (stages.sft.optim.lr)" in text
+    assert "0.0002 (stages.continued_pretraining.optim.lr, stages.sft.optim.lr)" in text
     assert "5e-05 (stages.preference.optim.lr, stages.grpo.optim.lr, stages.ppo.optim.lr)" in text
 
 

@@ -21,6 +21,10 @@ from posttrain.records import Example, Message, UserError
 _STAND_IN = 0x100000
 """First of the private-use characters (plane 16) that stand for special tokens written in data."""
 
+_TURN = "\U0010fffd"
+"""The last of them: what an assistant said, where only what follows it is wanted."""
+TOOLS_LEFT_OUT = "the chat template leaves the tools out; model.chat_template: chatml writes them"
+
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
@@ -72,6 +76,22 @@ class Renderer:
         """The tokens a sampler continues: the prompt with the template's generation prompt, and what is begun."""
         conversation, tools = self._conversation(example, example.prompt)
         return (*self._ids(self._context(conversation, tools)), *example.begun)
+
+    def following(
+        self, last: int, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> tuple[int, ...]:
+        """The tokens between a sampled turn, whose last token is `last`, and the next: `messages` and the generation
+        prompt. The turn itself is not asked for, for its tokens stay those that were drawn.
+        """
+        turns = ({"role": "user", "content": "?"}, {"role": "assistant", "content": _TURN})
+        text = self._text((*turns, *self._neutral(tuple(messages))), self._neutral(tuple(tools)), generate=True)
+        _, found, rest = text.partition(_TURN)
+        if not found:
+            raise Malformed("the chat template leaves out what an assistant said; give another one")
+        end = self._find.match(rest)
+        if end and last in self._special_ids:
+            rest = rest[end.end() :]  # the turn has its end token
+        return self._encode(rest)
 
     def render(self, example: Example) -> tuple[Rendered, ...]:
         """`example` as one sequence or pair, or as one per assistant turn where the template rewrites history."""
@@ -203,7 +223,7 @@ class Renderer:
             if message["role"] == "system" and message["content"].strip() not in text:
                 self._note("the chat template leaves the system prompt out")
         if tools and not any(tool["function"]["name"] in text for tool in tools):
-            self._note("the chat template leaves the tools out; model.chat_template: chatml writes them")
+            self._note(TOOLS_LEFT_OUT)
         return text
 
     def _refusal(self, messages: Sequence[Message], error: Exception) -> Exception:
@@ -258,11 +278,11 @@ class Renderer:
         return tuple(ids)
 
     def _render_text(self, example: Example, text: str) -> Rendered:
-        """Raw text: what the tokenizer puts at the start, the text, EOS; every token but the first is learned."""
+        """Raw text: what the tokenizer puts at the start, the text, EOS; the first token is what the others follow."""
         ids = (*self._text_start, *self._encode(self._neutral(text)))
         if self.tokenizer.eos_token_id is not None:
             ids += (self.tokenizer.eos_token_id,)
-        return Rendered(example, (), ids, (False, *[True] * (len(ids) - 1)))
+        return Rendered(example, ids[:1], ids[1:], (True,) * len(ids[1:]))
 
     def _note(self, note: str) -> None:
         if note not in self.notes:

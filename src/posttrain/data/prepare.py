@@ -8,7 +8,7 @@ import math
 import random
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from posttrain.data.sources import LISTED, Loaded, read
 from posttrain.recipe.schema import Data
 from posttrain.records import Example, UserError
 
-Need = Literal["completion", "label", "pair"] | Callable[[Example, Renderer], tuple[Rendered, ...]]
+Need = Literal["text", "completion", "label", "pair"] | Callable[[Example, Renderer], tuple[Rendered, ...]]
 
 
 class Prepared(NamedTuple):
@@ -35,8 +35,9 @@ def prepare(
 ) -> Prepared:
     """Read and render every source of `data`.
 
-    need: what a row must offer: an answer to learn, one with a label, or a better and a worse one; or a function that
-        renders a row, and raises Malformed where it has not what is needed.
+    need: what a row must offer: raw text, an answer to learn, one with a label, or a better and a worse one; or a
+        function that renders a row, and raises Malformed where it has not what is needed. Text that is too long is
+        cut into pieces.
     held_out: `prompt_key`s of evaluation items; rows with one of them are dropped and counted.
     context: the model's context length in tokens; never exceeded, whatever `data.max_length` says.
     Raises UserError for too many bad rows, for a too long row under `too_long: error`, and for nothing left.
@@ -131,7 +132,7 @@ def _source(
             counts["bad"] += 1
             bad.append(BadRow(example.id, str(error)))
             continue
-        for row in rendered:
+        for row in _pieces(rendered[0], limit) if need == "text" else rendered:
             key = _digest([row])
             if key in seen:
                 counts["duplicates"] += 1
@@ -185,7 +186,12 @@ def _rendered(example: Example, renderer: Renderer, need: Need) -> tuple[Rendere
     """`example` rendered for `need`; Malformed where it cannot serve it."""
     if callable(need):
         return need(example, renderer)
-    if need == "pair":
+    if need == "text":
+        if example.text is None:
+            raise Malformed("it is no raw text: answers are learned by a stage of kind sft")
+    elif example.text is not None:
+        raise Malformed("it is raw text, without an answer: a stage of kind continued_pretraining learns from that")
+    elif need == "pair":
         if not (example.completion and example.rejected):
             raise Malformed("it holds no pair of a better and a worse answer")
     else:
@@ -200,6 +206,15 @@ def _rendered(example: Example, renderer: Renderer, need: Need) -> tuple[Rendere
     if need == "pair" and rows[0].completion_ids == rows[0].rejected_ids:
         raise Malformed("chosen and rejected are the same once rendered")
     return rows
+
+
+def _pieces(document: Rendered, limit: int) -> Iterator[Rendered]:
+    """`document` in pieces of at most `limit` tokens. Each begins with the last token of the one before, as what its
+    first target follows: so every token but the document's first is a target once."""
+    ids = (*document.prompt_ids, *document.completion_ids)
+    for start in range(0, len(ids) - 1, limit - 1):
+        learned = ids[start + 1 : start + limit]
+        yield Rendered(document.example, ids[start : start + 1], learned, (True,) * len(learned))
 
 
 def _length(row: Rendered) -> int:

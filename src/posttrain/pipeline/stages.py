@@ -25,9 +25,11 @@ from posttrain.pipeline.memory import fit
 from posttrain.recipe.objectives import OBJECTIVES
 from posttrain.recipe.rewards import Rewarded
 from posttrain.recipe.schema import (
+    ContinuedPretraining,
     Grpo,
     Preference,
     ProcessRewardModel,
+    RejectionSampling,
     RewardModel,
     Rl,
     ScoringStage,
@@ -64,6 +66,7 @@ from posttrain.training.process_reward import (
     verdicts,
     write_solutions,
 )
+from posttrain.training.rejection import RejectionMethod
 from posttrain.training.reward import RewardMethod, ends, hold_out, preferred
 from posttrain.training.sft import SftMethod
 from posttrain.training.world import ALONE, World
@@ -191,6 +194,8 @@ def run_stage(job: Job, say: Say, trainer: Trainer = train_here) -> None:
 
 
 def need(stage: StageBase) -> Need:
+    if isinstance(stage, ContinuedPretraining):
+        return "text"
     if isinstance(stage, Sft):
         return "completion"
     if rewarded := _rewarded(stage):
@@ -252,7 +257,7 @@ def _headed(load: Callable[[], Policy], ends: set[int], seed: int) -> Policy:
 def _method(job: Job, start: Policy, sampler: Sampler, world: World) -> tuple[Method, Ledger, dict[str, Any]]:
     """The stage's method, what preparing it cost, and what is worth recording of that."""
     stage, data, folder, seed = job.stage, job.data, job.folder, job.seed
-    if isinstance(stage, Sft):
+    if isinstance(stage, Sft | ContinuedPretraining):
         return SftMethod(stage, data, seed), Ledger(), {}
     if isinstance(stage, RewardModel):
         return RewardMethod(stage, data, seed), Ledger(), {"pairs": sum(map(len, data.rows))}
@@ -266,6 +271,9 @@ def _method(job: Job, start: Policy, sampler: Sampler, world: World) -> tuple[Me
         if isinstance(stage, Grpo):
             return GrpoMethod(stage, data, start, sampler, score, seed, world), Ledger(), {}
         return PpoMethod(stage, data, start, sampler, score, seed, world), Ledger(), {}
+    if isinstance(stage, RejectionSampling):
+        score = _scorer(stage, data, start, folder)
+        return RejectionMethod(stage, data, start, sampler, score, folder, seed, world), Ledger(), {}
     kept, cost = folder / "judged.jsonl", folder / "judged.json"
     if not world.gather(cost.is_file())[0]:
         facts: dict[str, Any] = {}

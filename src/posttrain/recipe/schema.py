@@ -112,8 +112,8 @@ class StageBase(Block):
     batch_size: int = Field(
         8,
         ge=1,
-        description="Examples (sft), pairs or what else the loss compares (preference, reward_model), or prompts (grpo)"
-        " in one step.",
+        description="Examples (sft), pieces of text (continued_pretraining), pairs or what else the loss compares "
+        "(preference, reward_model), or prompts (grpo) in one step.",
     )
     tokens_per_forward: int = Field(
         1024,
@@ -148,10 +148,35 @@ class StageBase(Block):
         return optim.model_copy(update={k: getattr(own, k) for k in own.model_fields_set - optim.model_fields_set})
 
 
+class ContinuedPretraining(StageBase):
+    """Continued pre-training (Gururangan et al., 2004.10964): negative log-likelihood of raw text, each document for
+    itself and without a chat template. A document longer than `data.max_length` or the model's context is cut into
+    pieces, and nothing of it is left out."""
+
+    kind: Literal["continued_pretraining"] = Field(description="The method.")
+
+    @model_validator(mode="after")
+    def _documents(self) -> ContinuedPretraining:
+        problems: list[tuple[tuple[str | int, ...], str]] = []
+        if self.data.system is not None:
+            problems.append((("data", "system"), "raw text has no system prompt; leave it out"))
+        if self.data.too_long != "drop":
+            what = "a long document is cut into pieces, so none is too long; leave it out"
+            problems.append((("data", "too_long"), what))
+        if problems:
+            raise Misfit(*problems)
+        return self
+
+
 class Sft(StageBase):
-    """Supervised fine-tuning: negative log-likelihood of the assistant's tokens, per target token of the step."""
+    """Supervised fine-tuning: the likelihood of the assistant's tokens, per target token of the step."""
 
     kind: Literal["sft"] = Field(description="The method.")
+    loss: Literal["nll", "dft"] = Field(
+        "nll",
+        description="Negative log-likelihood, or that weighted by each token's own probability (dynamic fine-tuning, "
+        "2508.05629), which learns less from what the model finds unlikely.",
+    )
 
 
 class PairSampling(Rewarded, Sampling):
@@ -379,6 +404,52 @@ class Rl(Rewarded, StageBase):
         return self
 
 
+HINT = "{answer}"
+
+
+class RejectionSampling(Rewarded, StageBase):
+    """Sample, keep what is right, learn it as if it stood in the data: RFT (Yuan et al., 2308.01825) in one round,
+    expert iteration (ReST, 2308.08998; ReST-EM, 2312.06585) in several, STaR (2203.14465) with a hint."""
+
+    kind: Literal["rejection_sampling"] = Field(description="The method.")
+    optim: Optim = Field(
+        default_factory=lambda: Optim(lr=5e-5, schedule="constant"), description="Optimiser and its schedule."
+    )
+    sampling: Sampling = Field(default_factory=lambda: Sampling(), description="How completions are drawn.")
+    prompts: int = Field(ge=1, description="How many prompts to sample for in each round.")
+    n: int = Field(8, ge=1, description="Completions per prompt.")
+    rounds: int = Field(
+        1, ge=1, description="How often it is sampled, with the weights of then; each round has the same share of steps."
+    )
+    at_least: float = Field(1.0, description="A completion is kept that earns this or more, and that came to its end.")
+    most: int | None = Field(
+        None, ge=1, description="Most completions kept of one prompt in a round, different ones (ReST-EM: 10)."
+    )
+    hint: str | None = Field(
+        None,
+        description="Where none is kept, the prompt is asked again with this below it, {answer} being the reference "
+        "answer; what is kept then is learned without it (STaR's rationalisation).",
+    )
+
+    @property
+    def round_steps(self) -> int:
+        """Optimiser steps of a round."""
+        return self.steps // self.rounds
+
+    @model_validator(mode="after")
+    def _rounds_fit(self) -> RejectionSampling:
+        problems: list[tuple[tuple[str | int, ...], str]] = []
+        if self.sampling.temperature == 0 and self.n > 1:
+            problems.append((("n",), "must be 1 at temperature 0, where the completions of a prompt are all the same"))
+        if self.steps % self.rounds:
+            problems.append((("rounds",), f"{self.steps} steps cannot be shared out evenly among {self.rounds} rounds"))
+        if self.hint is not None and HINT not in self.hint:
+            problems.append((("hint",), f"does not say where the answer stands: write {HINT} there"))
+        if problems:
+            raise Misfit(*problems)
+        return self
+
+
 READ: dict[str, dict[str, tuple[str, ...]]] = {
     "objective": {
         "clip": ("ratio", "clip_low", "clip_high", "ratio_cap"),
@@ -505,7 +576,10 @@ class Ppo(Rl):
         return self
 
 
-Stage = Annotated[Sft | Preference | RewardModel | ProcessRewardModel | Grpo | Ppo, Field(discriminator="kind")]
+Stage = Annotated[
+    ContinuedPretraining | Sft | Preference | RewardModel | ProcessRewardModel | RejectionSampling | Grpo | Ppo,
+    Field(discriminator="kind"),
+]
 
 
 def _rewards(stage: StageBase) -> Iterator[tuple[tuple[str | int, ...], Reward]]:

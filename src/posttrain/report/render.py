@@ -25,10 +25,12 @@ ITEMS_SHOWN = {"trained": 8, "neighbour": 4}
 LONGEST_ANSWER = 800  # characters; what is cut is said
 
 KINDS = {
+    "continued_pretraining": "continued pre-training",
     "sft": "supervised fine-tuning",
     "preference": "preference optimisation",
     "reward_model": "reward model",
     "process_reward_model": "process reward model",
+    "rejection_sampling": "learning from its own right answers",
     "grpo": "reinforcement learning on groups of answers",
     "ppo": "reinforcement learning with a critic",
 }
@@ -37,6 +39,7 @@ SERIES = {
     "loss": "training loss of the step",
     "reward": "mean reward of the step's completions",
     "signal": "share of groups whose completions differ in reward",
+    "kept": "share of the round's completions that are learned",
     "draws": "times that prompts were drawn for the step",
     "margin": "score of chosen above rejected, times beta",
     "accuracy": "share of pairs in which chosen is preferred",

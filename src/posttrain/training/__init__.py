@@ -9,7 +9,10 @@ class Entry(NamedTuple):
 
 
 METHODS: dict[str, Entry] = {
-    "sft": Entry("Supervised fine-tuning on the assistant's tokens", "maximum likelihood"),
+    "continued_pretraining": Entry("Likelihood of raw text", "Gururangan et al., 2004.10964"),
+    "sft": Entry(
+        "Supervised fine-tuning on the assistant's tokens: likelihood, or DFT", "Wu et al., 2508.05629 (dft)"
+    ),
     "preference": Entry(
         "DPO and the losses after it: pairs, lists or labelled answers, from a file or on-policy",
         "Rafailov et al., 2305.18290",
@@ -17,6 +20,10 @@ METHODS: dict[str, Entry] = {
     "reward_model": Entry("Bradley-Terry reward model on pairs from a file", "Ouyang et al., 2203.02155"),
     "process_reward_model": Entry(
         "Process reward model on solutions whose steps are labelled", "Lightman et al., 2305.20050"
+    ),
+    "rejection_sampling": Entry(
+        "Learn the right ones of its own answers: RFT, STaR with rationalisation, ReST and expert iteration",
+        "Yuan et al., 2308.01825; Zelikman et al., 2203.14465; Gulcehre et al., 2308.08998",
     ),
     "grpo": Entry(
         "Policy gradient on groups: GRPO, Dr. GRPO, DAPO, GSPO, CISPO, SAPO, GMPO, VESPO, RLOO, REINFORCE++",

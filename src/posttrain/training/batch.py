@@ -99,19 +99,12 @@ def draws(
     return schedule([len(rows) for rows in sources], weights, slots, derive(seed, stage.id, "order"))
 
 
-def row(prompt: Sequence[int], completion: Sequence[int], target: Sequence[bool]) -> Row:
-    """A row; raw text, which has no prompt, is given its first token as context."""
-    if prompt:
-        return Row(tuple(prompt), tuple(completion), tuple(target))
-    return Row(tuple(completion[:1]), tuple(completion[1:]), tuple(target[1:]))
-
-
 def chosen(rendered: Rendered) -> Row:
-    return row(rendered.prompt_ids, rendered.completion_ids, rendered.completion_target)
+    return Row(rendered.prompt_ids, rendered.completion_ids, rendered.completion_target)
 
 
 def rejected(rendered: Rendered) -> Row:
-    return row(rendered.prompt_ids, rendered.rejected_ids, rendered.rejected_target)
+    return Row(rendered.prompt_ids, rendered.rejected_ids, rendered.rejected_target)
 
 
 def asked(example: Example) -> str:

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the likelihood of the assistant's tokens."""
+"""The likelihood of text as it stands: of the assistant's tokens, or of all of a document's."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from torch import Tensor
 
 from posttrain.data.prepare import Prepared
 from posttrain.forest import Forest
-from posttrain.losses import Counts, nll, reduce_tokens
-from posttrain.recipe.schema import Sft
+from posttrain.losses import Counts, dft, nll, reduce_tokens
+from posttrain.recipe.schema import Sft, StageBase
 from posttrain.training.batch import Batch, LogProbs, chosen, draws
 
 
 class SftMethod(LogProbs):
-    """Mean negative log-likelihood over all target tokens of the step."""
+    """Mean over all target tokens of the step, of their negative log-likelihood or of what `stage.loss` makes of it."""
 
     period = 1
 
-    def __init__(self, stage: Sft, data: Prepared, seed: int) -> None:
+    def __init__(self, stage: StageBase, data: Prepared, seed: int) -> None:
         self.stage, self.data = stage, data
         self.order = draws(stage, data.rows, data.weights, seed)
+        self.function = dft if isinstance(stage, Sft) and stage.loss == "dft" else nll
 
     def batch(self, step: int) -> Batch:
         size = self.stage.batch_size
@@ -31,4 +32,4 @@ class SftMethod(LogProbs):
     def loss(
         self, batch: Batch, rows: Sequence[int], forest: Forest, logps_T: Tensor
     ) -> tuple[Tensor, dict[str, float]]:
-        return reduce_tokens(nll(logps_T), forest.target_T, batch.counts), {}
+        return reduce_tokens(self.function(logps_T), forest.target_T, batch.counts), {}
