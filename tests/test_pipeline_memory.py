@@ -18,7 +18,7 @@ from posttrain.recipe.schema import Lora, Recipe
 from posttrain.records import UserError
 
 DATA = {"sft": answered, "dpo": paired, "dpo on-policy": asked, "bco_unpaired": labelled}
-DATA |= {"grpo": asked, "ppo": asked}
+DATA |= {"rejection_sampling": asked, "grpo": asked, "ppo": asked}
 
 
 def data_of(name: str) -> Prepared:

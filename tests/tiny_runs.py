@@ -23,6 +23,7 @@ from posttrain.recipe.schema import (
     Ppo,
     Preference,
     ProcessRewardModel,
+    RejectionSampling,
     RewardModel,
     ScoringStage,
     Sft,
@@ -43,6 +44,7 @@ from posttrain.training.preference import (
     write_judged,
 )
 from posttrain.training.process_reward import ProcessRewardMethod
+from posttrain.training.rejection import RejectionMethod
 from posttrain.training.reward import RewardMethod, ends
 from posttrain.training.sft import SftMethod
 from posttrain.training.world import ALONE, World
@@ -134,6 +136,8 @@ def scorer(score: Callable[[Example, str], Score]) -> Callable[[Sequence[Rollout
     return lambda rollouts: [score(rollout.example, rollout.text) for rollout in rollouts]
 
 
+ENDS = tuple("aeiou")
+"""Stop strings by which many answers of a random model come to an end."""
 OPTIM = {"lr": 1e-2, "schedule": "cosine", "weight_decay": 0.1}
 STAGES: dict[str, tuple[type[StageBase], dict[str, Any]]] = {
     "sft": (Sft, {"kind": "sft"}),
@@ -143,6 +147,17 @@ STAGES: dict[str, tuple[type[StageBase], dict[str, Any]]] = {
     "bco_unpaired": (Preference, {"kind": "preference", "loss": "bco_unpaired"}),
     "reward_model": (RewardModel, {"kind": "reward_model", "centring": 0.01}),
     "process_reward_model": (ProcessRewardModel, {"kind": "process_reward_model"}),
+    "rejection_sampling": (
+        RejectionSampling,
+        {
+            "kind": "rejection_sampling",
+            "prompts": 6,
+            "n": 4,
+            "rounds": 2,
+            "at_least": 0.5,
+            "sampling": {"max_new_tokens": 6, "stop": ENDS},
+        },
+    ),
     "grpo": (Grpo, {"kind": "grpo", "n": 4, "sampling": {"max_new_tokens": 6}, "kl_weight": 0.1}),
     "grpo twice": (Grpo, {"kind": "grpo", "n": 4, "sampling": {"max_new_tokens": 6}, "iterations": 2}),
     "grpo all": (
@@ -227,6 +242,18 @@ def ppo(policy: Policy, stage: Ppo, score: Callable[[Example, str], Score] = len
     return PpoMethod(stage, prepared(asked()), policy, sampler, scorer(score), SEED)
 
 
+def rejection(
+    policy: Policy,
+    stage: RejectionSampling,
+    folder: Path,
+    score: Callable[[Example, str], Score] = lengths,
+    sampler: Any = None,
+    data: Prepared | None = None,
+) -> RejectionMethod:
+    sampler = sampler or LocalSampler(policy, RENDERER)
+    return RejectionMethod(stage, data or prepared(asked()), policy, sampler, scorer(score), folder, SEED)
+
+
 def method_of(name: str, policy: Policy, stage: Any, folder: Path | None = None) -> Method:
     if name == "sft":
         return sft(stage)
@@ -234,6 +261,9 @@ def method_of(name: str, policy: Policy, stage: Any, folder: Path | None = None)
         return RewardMethod(stage, prepared(paired()), SEED)
     if name == "process_reward_model":
         return ProcessRewardMethod(stage, solved(), SEED)
+    if isinstance(stage, RejectionSampling):
+        assert folder is not None
+        return rejection(policy, stage, folder)
     if isinstance(stage, Ppo):
         return ppo(policy, stage)
     return preference(policy, stage, folder) if isinstance(stage, Preference) else grpo(policy, stage)

@@ -15,7 +15,15 @@ from posttrain.machine import own_memory
 from posttrain.models.fused import foldable
 from posttrain.models.memory import Pass, measure_forward, measure_pass
 from posttrain.models.policy import Policy, outline
-from posttrain.recipe.schema import Preference, ProcessRewardModel, Rl, Sampling, ScoringStage, Stage
+from posttrain.recipe.schema import (
+    Preference,
+    ProcessRewardModel,
+    RejectionSampling,
+    Rl,
+    Sampling,
+    ScoringStage,
+    Stage,
+)
 from posttrain.records import UserError
 from posttrain.sampling import local
 from posttrain.sampling.choose import cut
@@ -170,6 +178,8 @@ def _batches(stage: Stage, data: Prepared, seed: int) -> list[list[tuple[Row, ..
                 units += [(_sampled(item.prompt_ids, stage.sampling, k),) for k in range(stage.n)]
             elif isinstance(stage, Preference) and stage.on_policy:
                 units.append(tuple(_sampled(item.prompt_ids, stage.on_policy, k) for k in range(stage.width)))
+            elif isinstance(stage, RejectionSampling):
+                units.append((_sampled(item.prompt_ids, stage.sampling, 0),))
             elif isinstance(stage, ProcessRewardModel) and stage.rollouts and not item.completion_ids:
                 units.append((_sampled(item.prompt_ids, stage.rollouts, 0),))
             elif item.rejected_ids:
@@ -186,9 +196,11 @@ def _sampled(prompt: Sequence[int], sampling: Sampling, k: int) -> Row:
 
 
 def _sampling(stage: Stage, data: Prepared, model: nn.Module) -> Terms:
-    """Of the local engine, in one call for all prompts of a step (of the stage, where pairs are sampled first)."""
+    """Of the local engine, in one call for all prompts of a step (of a stage or round that begins so)."""
     if isinstance(stage, Rl):
         prompts, n, sampling = stage.batch_size, stage.n, stage.sampling
+    elif isinstance(stage, RejectionSampling):
+        prompts, n, sampling = stage.prompts, stage.n, stage.sampling
     elif isinstance(stage, Preference) and stage.on_policy:
         prompts, n, sampling = stage.on_policy.prompts, stage.on_policy.n, stage.on_policy
     elif isinstance(stage, ProcessRewardModel) and stage.rollouts:

@@ -13,7 +13,16 @@ from posttrain.models.cost import forward_flops_per_token, training_flops_per_to
 from posttrain.models.policy import Policy, outline
 from posttrain.pipeline.memory import Terms, Unpredicted, fit, told
 from posttrain.pipeline.stages import stage_data
-from posttrain.recipe.schema import Grpo, Preference, ProcessRewardModel, Recipe, Rl, ScoringStage, Stage
+from posttrain.recipe.schema import (
+    Grpo,
+    Preference,
+    ProcessRewardModel,
+    Recipe,
+    RejectionSampling,
+    Rl,
+    ScoringStage,
+    Stage,
+)
 from posttrain.training.reward import hold_out
 
 MARKS = ("⟦", "⟧")
@@ -114,6 +123,9 @@ def _stage(stage: Stage, data: Prepared, policy: Policy, seed: int) -> StagePlan
         generated = -(-stage.steps // stage.period) * stage.batch_size * answers
         generated *= stage.max_draws if isinstance(stage, Grpo) else 1
         trees //= stage.minibatches
+    elif isinstance(stage, RejectionSampling):
+        answers = stage.sampling.max_new_tokens
+        generated = stage.rounds * stage.prompts * stage.n * answers * (2 if stage.hint else 1)
     elif isinstance(stage, ProcessRewardModel) and stage.rollouts:
         answers = stage.rollouts.max_new_tokens
         generated = stage.rollouts.prompts * stage.rollouts.solutions * answers  # how many steps follow, only they show

@@ -419,7 +419,7 @@ class RejectionSampling(Rewarded, StageBase):
     prompts: int = Field(ge=1, description="How many prompts to sample for in each round.")
     n: int = Field(8, ge=1, description="Completions per prompt.")
     rounds: int = Field(
-        1, ge=1, description="How often it is sampled, with the weights of then; each round has the same share of steps."
+        1, ge=1, description="How often it is sampled, with the weights of then; rounds have equal shares of steps."
     )
     at_least: float = Field(1.0, description="A completion is kept that earns this or more, and that came to its end.")
     most: int | None = Field(

@@ -1,0 +1,214 @@
+"""Learning from the right ones of its own answers: RFT, STaR, ReST and expert iteration."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from posttrain.credit.batch import as_row
+from posttrain.data.prepare import Prepared, schedule
+from posttrain.forest import Forest, Row
+from posttrain.losses import Counts, nll, reduce_tokens
+from posttrain.models.disk import write_text
+from posttrain.models.policy import Policy
+from posttrain.recipe.schema import HINT, RejectionSampling
+from posttrain.records import Example, Ledger, Rollout, UserError, derive
+from posttrain.rewards.protocol import Scorer, finite
+from posttrain.sampling.protocol import Sampler
+from posttrain.training.batch import Batch, LogProbs, asked
+from posttrain.training.rollouts import Scored, Slot, check_weights, measured
+from posttrain.training.world import ALONE, World
+
+
+class Kept(NamedTuple):
+    """An answer to learn, of the prompt from which it is learned."""
+
+    source: int
+    row: Row
+    sample: dict[str, Any]
+    """How it looks to a reader."""
+
+
+class RejectionMethod(LogProbs):
+    """Rounds of sampling, keeping and learning what was kept by its likelihood, per token of the step.
+
+    RFT (Yuan et al., 2308.01825) is one round, with a large `n`. Expert iteration (ReST, Gulcehre et al., 2308.08998;
+    ReST-EM, Singh et al., 2312.06585) is several, each with the weights that the one before it left. STaR (Zelikman et
+    al., 2203.14465) also asks again, with the answer as a hint, where nothing was right.
+
+    What a round keeps stands in `folder`, in kept-ROUND.jsonl, with the weights that wrote it: a continued run learns
+    from the same rows and samples none of them again.
+
+    Departures. Training goes on from round to round, where STaR and ReST-EM begin each from the first weights. Answers
+    of the same words are one, where RFT compares the equations in them. ReST's threshold does not rise within a round.
+    An answer that was cut off is not kept, for whoever imitates it does not learn to end.
+    """
+
+    period = 1
+
+    def __init__(
+        self,
+        stage: RejectionSampling,
+        data: Prepared,
+        policy: Policy,
+        sampler: Sampler,
+        score: Scorer,
+        folder: Path,
+        seed: int,
+        world: World = ALONE,
+    ) -> None:
+        self.stage, self.data, self.policy, self.sampler, self.score = stage, data, policy, sampler, score
+        self.folder, self.seed, self.world = folder, seed, world
+        sizes, slots = [len(rows) for rows in data.rows], stage.rounds * stage.prompts
+        self.slots = schedule(sizes, data.weights, slots, derive(seed, stage.id, "prompts"))
+        self.round = -1
+
+    def batch(self, step: int) -> Batch:
+        stage, size = self.stage, self.stage.batch_size
+        number, at = divmod(step, stage.round_steps)
+        if at == 0 or number != self.round:
+            made = self._begin(number, at == 0)
+        items = [self.kept[s][i] for s, i in self.order[at * size : (at + 1) * size]]
+        rows = tuple(item.row for item in items)
+        counts = Counts(tokens=sum(len(row.completion) for row in rows), sequences=len(rows))
+        batch = Batch(rows, tuple((i,) for i in range(len(rows))), counts)
+        if at:
+            return batch
+        samples = tuple(item.sample for item in items[:2])
+        return dataclasses.replace(batch, metrics=made["metrics"], samples=samples, ledger=Ledger(**made["ledger"]))
+
+    def loss(
+        self, batch: Batch, rows: Sequence[int], forest: Forest, logps_T: Tensor
+    ) -> tuple[Tensor, dict[str, float]]:
+        return reduce_tokens(nll(logps_T), forest.target_T, batch.counts), {}
+
+    def _begin(self, number: int, first: bool) -> dict[str, Any]:
+        """Have the rows of a round: sampled at its first step, unless the weights of now have sampled them already."""
+        stage = self.stage
+        path, record = (self.folder / f"kept-{number}.{ending}" for ending in ("jsonl", "json"))
+        digest = self.policy.digest()
+        made = self.world.gather(json.loads(record.read_text()) if record.is_file() else None)[0]
+        if first and (made is None or made["weights"] != digest):
+            kept, metrics, ledger = self.sample(number, digest)
+            made = {"weights": digest, "metrics": metrics, "ledger": dataclasses.asdict(ledger)}
+            if self.world.rank == 0:
+                write_kept(path, kept)
+                write_text(record, json.dumps(made))
+            self.world.gather(None)  # nobody reads before it is written
+        elif made is None:
+            raise UserError(f"{record}: is missing, and the checkpoint was learned from it; choose another --out")
+        found = read_kept(path, len(self.data.rows))
+        some = [s for s, part in enumerate(found) if part]  # a source that gave nothing leaves the mixture
+        self.round, self.kept = number, [found[s] for s in some]
+        sizes, weights = [len(part) for part in self.kept], [self.data.weights[s] for s in some]
+        slots = stage.round_steps * stage.batch_size
+        self.order = schedule(sizes, weights, slots, derive(self.seed, stage.id, "order", number))
+        return made
+
+    def sample(self, number: int, digest: str) -> tuple[list[Kept], dict[str, Any], Ledger]:
+        """What the policy of now, whose digest is given, answers rightly to the round's prompts.
+
+        Raises:
+            UserError: nothing.
+        """
+        stage = self.stage
+        slots = self.slots[number * stage.prompts :][: stage.prompts]
+        drawn, ledger = self._ask(slots, self._examples(slots), digest, "round", number)
+        found = [(slots[drawn[i][0].group], drawn[i]) for i in right(drawn, stage.at_least, stage.most)]
+        solved = {slot for slot, _ in found}
+        metrics = dict(measured(drawn, stage.sampling.max_new_tokens))
+        metrics |= {"kept": len(found) / len(drawn), "solved": sum(slot in solved for slot in slots) / len(slots)}
+        left = [slot for slot in dict.fromkeys(slots) if slot not in solved and self._example(slot).answer is not None]
+        if stage.hint is not None and left:
+            hinted = [with_hint(example, stage.hint) for example in self._examples(left)]
+            more, cost = self._ask(left, hinted, digest, "hinted", number)
+            ledger += cost
+            told = [(left[more[i][0].group], more[i]) for i in right(more, stage.at_least, stage.most)]
+            metrics["rationalised"] = len({slot for slot, _ in told}) / len(left)
+            found += told
+        if not found:
+            raise UserError(
+                f"stage {stage.id!r}, round {number}: none of {len(drawn)} answers to {len(slots)} prompts came to its "
+                f"end and earned {stage.at_least:g} or more, so there is nothing to learn; raise prompts, n or "
+                "sampling.max_new_tokens, lower at_least, give a hint, or choose a task that the model solves sometimes"
+            )
+        metrics["examples"] = len(found)
+        kept = [
+            Kept(
+                slot[0],
+                as_row(rollout),
+                {"prompt": asked(rollout.example), "text": rollout.text, "score": s.value, "outcome": s.outcome},
+            )
+            for slot, (rollout, s) in found
+        ]
+        # JSON has no NaN: what could not be measured is left out.
+        return kept, {k: v for k, v in metrics.items() if not (isinstance(v, float) and math.isnan(v))}, ledger
+
+    def _ask(
+        self, slots: Sequence[Slot], prompts: Sequence[Example], digest: str, *names: str | int
+    ) -> tuple[list[Scored], Ledger]:
+        """Answers to `prompts` with their scores, as answers to the prompts in the data."""
+        stage = self.stage
+        seed = derive(self.seed, stage.id, *names)
+        answers, ledger = self.sampler(prompts, stage.n, stage.sampling, seed)
+        check_weights(answers, {digest})
+        rollouts = [self._own(rollout, slots[rollout.group]) for rollout in answers]
+        scores = self.world.gather(self.score(rollouts))[0]
+        return list(zip(rollouts, map(finite, scores), strict=True)), ledger
+
+    def _own(self, rollout: Rollout, slot: Slot) -> Rollout:
+        """The same tokens after the prompt in the data."""
+        row = self.data.rows[slot[0]][slot[1]]
+        return dataclasses.replace(rollout, example=row.example, prompt_ids=row.prompt_ids)
+
+    def _example(self, slot: Slot) -> Example:
+        return self.data.rows[slot[0]][slot[1]].example
+
+    def _examples(self, slots: Sequence[Slot]) -> list[Example]:
+        return [self._example(slot) for slot in slots]
+
+
+def right(drawn: Sequence[Scored], at_least: float, most: int | None = None) -> list[int]:
+    """Which answers to keep: those that came to their end and earn `at_least`, no two to one prompt of the same words,
+    and of each prompt the first `most`."""
+    said: dict[tuple[int, ...], set[tuple[str, ...]]] = {}
+    found = []
+    for i, (rollout, score) in enumerate(drawn):
+        before, words = said.setdefault(rollout.prompt_ids, set()), tuple(rollout.text.split())
+        good = rollout.finish == "stop" and score.value is not None and score.value >= at_least
+        if good and words not in before and (most is None or len(before) < most):
+            before.add(words)
+            found.append(i)
+    return found
+
+
+def with_hint(example: Example, hint: str) -> Example:
+    """The same question with its reference answer given away below it."""
+    *before, last = example.prompt
+    text = f"{last['content']}\n\n{hint.replace(HINT, example.answer or '')}"
+    return dataclasses.replace(example, prompt=(*before, {**last, "content": text}))
+
+
+def write_kept(path: Path, kept: Sequence[Kept]) -> None:
+    lines = [
+        json.dumps({"source": source, "prompt_ids": row.context, "ids": row.completion, "sample": sample})
+        for source, row, sample in kept
+    ]
+    write_text(path, "\n".join(lines) + "\n")
+
+
+def read_kept(path: Path, sources: int) -> list[list[Kept]]:
+    """What `write_kept` wrote, by source."""
+    found: list[list[Kept]] = [[] for _ in range(sources)]
+    for line in path.read_text(encoding="utf-8").splitlines():
+        kept = json.loads(line)
+        ids = tuple(kept["ids"])
+        row = Row(tuple(kept["prompt_ids"]), ids, (True,) * len(ids))
+        found[kept["source"]].append(Kept(kept["source"], row, kept["sample"]))
+    return found
