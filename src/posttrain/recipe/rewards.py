@@ -160,6 +160,16 @@ class ImplicitReward(RewardBase):
     beta: float = Field(0.1, gt=0, description="What the log-ratio is multiplied by.")
 
 
+class MajorityReward(RewardBase):
+    """Whether an answer is the one that most answers to its prompt give; no reference answer is needed (TTRL,
+    2504.16084)."""
+
+    kind: Literal["majority"] = Field(description="The reward.")
+    by: Literal["answer", "math"] = Field(
+        "answer", description="How an answer is read out of a text: as `verifier` reads it, or as `math` does."
+    )
+
+
 class EnsembleReward(RewardBase):
     """Several rewards taken for one, against errors that they do not share (Coste et al., 2310.02743)."""
 
@@ -185,6 +195,7 @@ Reward = Annotated[
     | ProcessReward
     | JudgeReward
     | ImplicitReward
+    | MajorityReward
     | EnsembleReward,
     Field(discriminator="kind"),
 ]

@@ -28,6 +28,7 @@ TABLE: dict[str, Entry] = {
     "process": Entry("The chances that its steps are good, by a process reward model", "Lightman et al., 2305.20050"),
     "judge": Entry("The grade of a language model, or its share of wins", "Zheng et al., 2306.05685"),
     "implicit": Entry("The log-ratio of a model and its reference", "Rafailov et al., 2305.18290"),
+    "majority": Entry("The answer that most of its group give, without labels", "Zuo et al., 2504.16084"),
     "ensemble": Entry("Several taken for one: mean, worst, or penalised by their spread", "Coste et al., 2310.02743"),
 }
 """The kinds of reward a recipe may name; what `posttrain rewards` lists."""

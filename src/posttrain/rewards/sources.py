@@ -12,6 +12,7 @@ from posttrain.recipe.rewards import (
     ImplicitReward,
     JudgeReward,
     LengthReward,
+    MajorityReward,
     ModelReward,
     ProcessReward,
     Reward,
@@ -69,6 +70,10 @@ def build(
     def scorer(reward: Reward) -> Scorer:
         if isinstance(reward, LengthReward):
             return length(reward)
+        if isinstance(reward, MajorityReward):
+            from posttrain.rewards.majority import majority
+
+            return majority(reward)
         if not isinstance(reward, MODELS):
             return by_rule(reward, RULES[reward.kind](reward))
         from posttrain.rewards.learned import learned
