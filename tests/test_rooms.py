@@ -20,6 +20,7 @@ ORDER = (
     "models",
     "sampling",
     "rewards",
+    "environments",
     "training",
     "door",
     "evals",

@@ -83,6 +83,18 @@ class Rollout:
     finish: Literal["stop", "length"]
     weights: str
     """Digest of the weights that made it."""
+    target: tuple[bool, ...] = ()
+    """Which of `ids` the model sampled; all of them unless told. The others were said to it between its turns, have 0
+    for a log-probability and are never learned."""
+
+    def __post_init__(self) -> None:
+        if not self.target:
+            object.__setattr__(self, "target", (True,) * len(self.ids))
+
+    @property
+    def sampled(self) -> int:
+        """Tokens that the model sampled."""
+        return sum(self.target)
 
 
 @dataclass(frozen=True, slots=True)

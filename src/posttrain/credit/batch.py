@@ -34,8 +34,8 @@ class Credited(Counted):
 
 
 def as_row(rollout: Rollout) -> Row:
-    """A sampled completion, every token of it a target, the end of the turn too."""
-    return Row(rollout.prompt_ids, rollout.ids, (True,) * len(rollout.ids))
+    """A sampled completion, every token that the model sampled a target, the end of a turn too."""
+    return Row(rollout.prompt_ids, rollout.ids, rollout.target)
 
 
 def groups(rollouts: Sequence[Rollout]) -> list[list[int]]:
@@ -73,8 +73,19 @@ def compared(
 
 
 def by_token(rollouts: Sequence[Rollout], advantages: Sequence[float | None]) -> list[list[float] | None]:
-    """Each completion's advantage at all of its tokens."""
-    return [None if a is None else [a] * len(r.ids) for r, a in zip(rollouts, advantages, strict=True)]
+    """Each completion's advantage at all tokens that were sampled; 0 at others."""
+    return [None if a is None else [a * t for t in r.target] for r, a in zip(rollouts, advantages, strict=True)]
+
+
+def at_sampled(rollout: Rollout, values: Sequence[float]) -> list[float]:
+    """Of values at all tokens of a completion, those at the tokens that were sampled."""
+    return [value for value, sampled in zip(values, rollout.target, strict=True) if sampled]
+
+
+def at_all(rollout: Rollout, values: Sequence[float]) -> list[float]:
+    """Values at the tokens that were sampled, with 0 at the others."""
+    each = iter(values)
+    return [next(each) if sampled else 0.0 for sampled in rollout.target]
 
 
 def credited(rollouts: Sequence[Rollout], advantages: Sequence[Sequence[float] | None]) -> Credited:
@@ -88,7 +99,7 @@ def credited(rollouts: Sequence[Rollout], advantages: Sequence[Sequence[float] |
     forest = pack([as_row(rollout) for rollout, _ in live])
     return Credited(
         **vars(forest),
-        counts=Counts(tokens=sum(len(rollout.ids) for rollout, _ in scored), sequences=len(scored)),
+        counts=Counts(tokens=sum(rollout.sampled for rollout, _ in scored), sequences=len(scored)),
         weights_T=forest.spread([worth for _, worth in live]),
         behaviour_logps_T=forest.spread([rollout.logps for rollout, _ in live]),
     )

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from posttrain.credit.advantages import finite
-from posttrain.credit.batch import Credited, credited
+from posttrain.credit.batch import Credited, at_all, at_sampled, credited
 from posttrain.records import Rollout, Score
 
 
@@ -36,7 +36,7 @@ def returns(
     rollouts: Sequence[Rollout], scores: Sequence[Score], penalties: Sequence[Sequence[float]] | None = None
 ) -> list[list[float] | None]:
     """The advantages of the tokens of each rollout by REINFORCE++ (Hu, 2501.03262): what is still earned from a token
-    on, whitened over all tokens. None where there is no score.
+    on, whitened over all sampled tokens. None where there is no score.
 
     `penalties` are what the tokens cost, such as a weighted KL from a reference; by default nothing.
     """
@@ -44,9 +44,9 @@ def returns(
     finite(torch.tensor([[scores[i].value or 0.0 for i in scored]]))
     earned = []
     for i in scored:
-        costs = [0.0] * len(rollouts[i].ids) if penalties is None else penalties[i]
+        costs = [0.0] * rollouts[i].sampled if penalties is None else at_sampled(rollouts[i], penalties[i])
         earned.append(list(itertools.accumulate(reversed(token_rewards(scores[i].value or 0.0, costs))))[::-1])
-    found = dict(zip(scored, whiten(earned), strict=True))
+    found = {i: at_all(rollouts[i], worth) for i, worth in zip(scored, whiten(earned), strict=True)}
     return [found.get(i) for i in range(len(rollouts))]
 
 

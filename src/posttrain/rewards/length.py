@@ -21,7 +21,7 @@ def length(reward: LengthReward) -> Scorer:
     """An answer that was cut off is overlong whatever its length."""
 
     def score(rollouts: Sequence[Rollout]) -> list[Score]:
-        tokens = [reward.max_tokens if r.finish == "length" else len(r.ids) for r in rollouts]
+        tokens = [reward.max_tokens if r.finish == "length" else r.sampled for r in rollouts]
         values = [overlong(n, reward.max_tokens, reward.buffer) for n in tokens]
         return [
             Score(value, "correct" if value == 0 else "wrong", str(n)) for value, n in zip(values, tokens, strict=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from posttrain.credit.batch import as_row
+from posttrain.credit.batch import as_row, at_all, at_sampled
 from posttrain.credit.gae import gae
 from posttrain.credit.reinforce import token_rewards, whiten
 from posttrain.forest import Forest, hidden_states
@@ -88,16 +88,22 @@ class PpoMethod(RolloutMethod):
             score = scores[i].value or 0.0
             if rollouts[i].finish == "length":
                 score -= stage.missing_eos_penalty
-            earned = token_rewards(score, penalties[i])
-            worth, self.returns[i] = gae(earned, self.values[i] or [], gamma=stage.gamma, lam=stage.gae_lambda)
+            # What was said to the model between its turns is no step of its own.
+            earned = token_rewards(score, at_sampled(rollouts[i], penalties[i]))
+            values = at_sampled(rollouts[i], self.values[i] or [])
+            worth, returns = gae(earned, values, gamma=stage.gamma, lam=stage.gae_lambda)
+            self.returns[i] = at_all(rollouts[i], returns)
             advantages.append(worth)
-        self._tell(scored)
-        worths = dict(zip(scored, whiten(advantages), strict=True))
+        self._tell([rollouts[i] for i in scored], scored)
+        worths = {i: at_all(rollouts[i], worth) for i, worth in zip(scored, whiten(advantages), strict=True)}
         return [worths.get(i) for i in range(len(rollouts))]
 
-    def _tell(self, scored: Sequence[int]) -> None:
+    def _tell(self, rollouts: Sequence[Rollout], scored: Sequence[int]) -> None:
         """The share of the returns' variance that the critic explains; and the KL weight, which is then steered."""
-        returns, values = ([v for i in scored for v in kept[i] or ()] for kept in (self.returns, self.values))
+        returns, values = (
+            [v for r, i in zip(rollouts, scored, strict=True) for v in at_sampled(r, kept[i] or ())]
+            for kept in (self.returns, self.values)
+        )
         if len(returns) > 1 and (spread := statistics.variance(returns)):
             errors = [r - v for r, v in zip(returns, values, strict=True)]
             self.told["explained"] = 1 - statistics.variance(errors) / spread
@@ -105,7 +111,7 @@ class PpoMethod(RolloutMethod):
             return
         self.told["kl_weight"] = self.kl_weight
         if self.stage.kl_target is not None and scored:
-            whole = self.told["kl"] * sum(len(self.values[i] or ()) for i in scored) / len(scored)
+            whole = self.told["kl"] * sum(r.sampled for r in rollouts) / len(scored)
             off = whole / self.stage.kl_target - 1
             self.kl_weight *= 1 + STEERING * max(-MOST, min(MOST, off))
 

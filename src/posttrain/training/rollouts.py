@@ -145,6 +145,7 @@ class RolloutMethod(LogProbs):
         rollouts, scores = [r for r, _ in kept], [s for _, s in kept]
         scored = [i for i, s in enumerate(scores) if s.value is not None]
         self.behaviour = [r.logps for r in rollouts]
+        self.sampled = [r.sampled for r in rollouts]
         self.old: list[Sequence[float] | None] = [None] * len(rollouts)
         self.references: list[Sequence[float] | None] = [None] * len(rollouts)
         if self.reference is not None:
@@ -172,7 +173,7 @@ class RolloutMethod(LogProbs):
     def _part(self, rollouts: Sequence[Rollout], learned: Sequence[int]) -> tuple[list[int], Batch]:
         """What one step learns from, and which rollouts its rows are."""
         members = [i for i in learned if self.always or any(self.advantages[i] or ())]
-        counts = Counts(tokens=sum(len(rollouts[i].ids) for i in learned), sequences=len(learned))
+        counts = Counts(tokens=sum(rollouts[i].sampled for i in learned), sequences=len(learned))
         rows = tuple(as_row(rollouts[i]) for i in members)
         return members, Batch(rows, tuple((i,) for i in range(len(rows))), counts)
 
@@ -243,7 +244,7 @@ class RolloutMethod(LogProbs):
         some = [r for r, end in zip(rollouts, ends, strict=True) if end <= CHECKED] or rollouts[:1]
         found = self._logprobs(some)
         apart = [abs(a - b) for r, logps in zip(some, found, strict=True) for a, b in zip(r.logps, logps, strict=True)]
-        mean = sum(apart) / len(apart)
+        mean = sum(apart) / sum(r.sampled for r in some)
         dtype = torch.bfloat16 if self.stage.endpoint else next(self.policy.model.parameters()).dtype
         if not mean <= ON_POLICY[dtype]:
             raise Failure(
@@ -271,7 +272,7 @@ class RolloutMethod(LogProbs):
         sampled_T = torch.tensor(flat, dtype=torch.float64)
         reference_T = torch.tensor([x for logps in known for x in logps], dtype=torch.float64)
         kl_T = kl(sampled_T, reference_T, torch.ones(len(flat), dtype=torch.bool), self.stage.kl_estimator)
-        scored = sum(len(logps) for logps in self.references if logps is not None)
+        scored = sum(n for n, logps in zip(self.sampled, self.references, strict=True) if logps is not None)
         if scored:
             self.told["kl"] = kl_T.sum().item() / scored
         lengths = [len(logps) for logps in self.behaviour]
@@ -333,7 +334,7 @@ def binned(ratio_N: Tensor) -> dict[str, float]:
 def measured(drawn: Sequence[Scored], longest: int) -> Metrics:
     """What a batch of rollouts shows before anything is learned from it; `longest` is how many tokens one may have."""
     rollouts, scores = [r for r, _ in drawn], [s for _, s in drawn]
-    lengths = [len(r.ids) for r in rollouts]
+    lengths = [r.sampled for r in rollouts]
     rewards = {i: s.value for i, s in enumerate(scores) if s.value is not None}
     members = groups(rollouts)
     found: dict[str, float | Mapping[str, float]] = {"reward": _mean(list(rewards.values()))}
