@@ -35,7 +35,7 @@ from posttrain.machine import peak_memory, tune
 from posttrain.models.disk import write_text
 from posttrain.models.policy import Policy
 from posttrain.pipeline.stages import Job, Say, Trainer, learn
-from posttrain.recipe.schema import Ppo, Preference, RejectionSampling, Rl
+from posttrain.recipe.schema import Distill, Ppo, Preference, RejectionSampling, Rl
 from posttrain.records import Failure, Ledger, UserError
 from posttrain.training.world import Distributed
 
@@ -155,7 +155,9 @@ def _train(layout: Layout, gpus: bool, job: Job, start: Policy, say: Say) -> tup
 
 def _actors(layout: Layout, gpus: bool, job: Job) -> list[Any]:
     if not (
-        isinstance(job.stage, Rl | RejectionSampling) or (isinstance(job.stage, Preference) and job.stage.on_policy)
+        isinstance(job.stage, Rl | RejectionSampling)
+        or (isinstance(job.stage, Preference) and job.stage.on_policy)
+        or (isinstance(job.stage, Distill) and job.stage.mode == "on_policy")
     ):
         return []
     if not layout.rollout_actors:

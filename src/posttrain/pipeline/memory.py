@@ -16,6 +16,7 @@ from posttrain.models.fused import foldable
 from posttrain.models.memory import Pass, measure_forward, measure_pass
 from posttrain.models.policy import Policy, outline
 from posttrain.recipe.schema import (
+    Distill,
     Preference,
     ProcessRewardModel,
     RejectionSampling,
@@ -29,6 +30,7 @@ from posttrain.sampling import local
 from posttrain.sampling.choose import cut
 from posttrain.sampling.grid import BLOCK
 from posttrain.training.batch import chosen, draws, interval, rejected
+from posttrain.training.distill import token_divergences
 from posttrain.training.preference import second_model
 
 SMALLEST = 64
@@ -70,8 +72,14 @@ def stage_memory(stage: Stage, data: Prepared, policy: Policy, seed: int) -> Ter
         terms["checkpoint"] = trained + moments
         if isinstance(stage, Rl) and stage.kl_weight and stage.reference_reset:
             terms["checkpoint"] += trained
+    answering = policy.model
+    if isinstance(stage, Distill):
+        teacher = second_model(policy, stage, outline)
+        terms["teacher"] = sum(p.nbytes for p in teacher.model.parameters())
+        if stage.mode == "sequence":
+            answering = teacher.model
     try:
-        step, sampling = _largest_pass(stage, data, policy.model, seed), _sampling(stage, data, policy.model)
+        step, sampling = _largest_pass(stage, data, policy.model, seed), _sampling(stage, data, answering)
     except Exception as error:  # the model's code is not ours, and may fail in any way
         said = str(error).partition("\n")[0]
         raise Unpredicted(f"{type(decoder(policy.model)).__name__} does not run without values ({said})") from error
@@ -161,6 +169,9 @@ def _forward(stage: Stage, rows: Sequence[Row]) -> Callable[[nn.Module], torch.T
         return lambda model: token_statistics(model, pack(rows), "collision")
     if isinstance(stage, Rl) and stage.entropy_weight:
         return lambda model: token_statistics(model, pack(rows), "entropy")
+    if isinstance(stage, Distill) and stage.mode != "sequence":  # the teacher's pass taken to be as the student's
+        how = {"beta": stage.beta, "temperature": stage.temperature}
+        return lambda model: token_divergences(model, model, pack(rows), **how)
     temperature = stage.sampling.temperature if isinstance(stage, Rl) else 1.0
     return lambda model: token_logprobs(model, pack(rows), temperature)
 
@@ -180,6 +191,8 @@ def _batches(stage: Stage, data: Prepared, seed: int) -> list[list[tuple[Row, ..
                 units.append(tuple(_sampled(item.prompt_ids, stage.on_policy, k) for k in range(stage.width)))
             elif isinstance(stage, RejectionSampling):
                 units.append((_sampled(item.prompt_ids, stage.sampling, 0),))
+            elif isinstance(stage, Distill) and (stage.mode == "on_policy" or not item.completion_ids):
+                units.append((max(chosen(item), _sampled(item.prompt_ids, stage.sampling, 0), key=len),))
             elif isinstance(stage, ProcessRewardModel) and stage.rollouts and not item.completion_ids:
                 units.append((_sampled(item.prompt_ids, stage.rollouts, 0),))
             elif item.rejected_ids:
@@ -201,6 +214,9 @@ def _sampling(stage: Stage, data: Prepared, model: nn.Module) -> Terms:
         prompts, n, sampling = stage.batch_size, stage.n, stage.sampling
     elif isinstance(stage, RejectionSampling):
         prompts, n, sampling = stage.prompts, stage.n, stage.sampling
+    elif isinstance(stage, Distill) and stage.mode != "off_policy":
+        answered = sum(map(len, data.rows)) if stage.mode == "sequence" else stage.batch_size
+        prompts, n, sampling = answered, 1, stage.sampling
     elif isinstance(stage, Preference) and stage.on_policy:
         prompts, n, sampling = stage.on_policy.prompts, stage.on_policy.n, stage.on_policy
     elif isinstance(stage, ProcessRewardModel) and stage.rollouts:

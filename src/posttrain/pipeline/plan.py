@@ -14,6 +14,7 @@ from posttrain.models.policy import Policy, outline
 from posttrain.pipeline.memory import Terms, Unpredicted, fit, told
 from posttrain.pipeline.stages import stage_data
 from posttrain.recipe.schema import (
+    Distill,
     Grpo,
     Preference,
     ProcessRewardModel,
@@ -23,6 +24,7 @@ from posttrain.recipe.schema import (
     ScoringStage,
     Stage,
 )
+from posttrain.training.preference import second_model
 from posttrain.training.reward import hold_out
 
 MARKS = ("⟦", "⟧")
@@ -123,6 +125,13 @@ def _stage(stage: Stage, data: Prepared, policy: Policy, seed: int) -> StagePlan
         generated = -(-stage.steps // stage.period) * stage.batch_size * answers
         generated *= stage.max_draws if isinstance(stage, Grpo) else 1
         trees //= stage.minibatches
+    elif isinstance(stage, Distill) and stage.mode != "off_policy":
+        sampled = stage.sampling.max_new_tokens
+        if stage.mode == "sequence":
+            answers, generated = sampled, min(len(rows), trees) * sampled
+        else:
+            generated = round(trees * stage.student_share) * sampled
+            answers = stage.student_share * sampled + (1 - stage.student_share) * answers
     elif isinstance(stage, RejectionSampling):
         answers = stage.sampling.max_new_tokens
         generated = stage.rounds * stage.prompts * stage.n * answers * (2 if stage.hint else 1)
@@ -134,7 +143,14 @@ def _stage(stage: Stage, data: Prepared, policy: Policy, seed: int) -> StagePlan
     trained = trees * each
     targets = branches if isinstance(stage, ScoringStage) else answers
     flops = trained * training_flops_per_token(config, policy.adapter is not None, int(context), targets / each)
-    flops += generated * forward_flops_per_token(config, int(context))
+    author = config
+    if isinstance(stage, Distill):
+        teacher = second_model(policy, stage, outline).model.config
+        if stage.mode == "sequence":
+            author = teacher
+        else:
+            flops += trained * forward_flops_per_token(teacher, int(context), targets / each)
+    flops += generated * forward_flops_per_token(author, int(context))
     memory: Terms | str
     try:
         stage, memory = fit(stage, data, policy, seed)

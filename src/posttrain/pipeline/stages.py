@@ -26,6 +26,7 @@ from posttrain.recipe.objectives import OBJECTIVES
 from posttrain.recipe.rewards import Rewarded
 from posttrain.recipe.schema import (
     ContinuedPretraining,
+    Distill,
     Grpo,
     Preference,
     ProcessRewardModel,
@@ -46,6 +47,7 @@ from posttrain.sampling.endpoint import EndpointSampler
 from posttrain.sampling.local import LocalSampler
 from posttrain.sampling.protocol import Sampler
 from posttrain.training.batch import Method
+from posttrain.training.distill import DistillMethod, taught, teach, teacher_of
 from posttrain.training.grpo import GrpoMethod
 from posttrain.training.loop import train
 from posttrain.training.oom import FEWER, enough_memory
@@ -117,10 +119,13 @@ def stage_data(stage: StageBase, policy: Policy, held_out: frozenset[str]) -> Pr
 
     Raises:
         UserError: the data cannot be used, a reward fails its proof on it, no reward model can be made of such a
-            policy, or another model cannot be its reference.
+            policy, or another model cannot be its reference or teacher.
     """
     renderer = Renderer(policy.tokenizer, system=stage.data.system)
-    data = prepare(stage.data, renderer, need=need(stage), held_out=held_out, context=policy.context)
+    context = policy.context
+    if isinstance(stage, Distill):
+        context = min(context, second_model(policy, stage, outline).context)
+    data = prepare(stage.data, renderer, need=need(stage), held_out=held_out, context=context)
     if rewarded := _rewarded(stage):
         proven(rewarded.rewards, _by_task(data))
     if isinstance(stage, Preference) and stage.reference is not None:
@@ -163,6 +168,9 @@ def run_stage(job: Job, say: Say, trainer: Trainer = train_here) -> None:
     made: dict[str, Any] = {}
     if isinstance(stage, ProcessRewardModel) and stage.rollouts:
         data, before, made = _labelled(stage, data, start, folder, seed)
+    if isinstance(stage, Distill) and stage.mode == "sequence":
+        data, before, made = _taught(stage, data, start, folder, seed)
+        job = replace(job, data=data)
     if isinstance(stage, ScoringStage):
         head = ends(data), derive(seed, stage.id, "head")
         start = reward_model(start, *head)
@@ -198,6 +206,10 @@ def need(stage: StageBase) -> Need:
         return "text"
     if isinstance(stage, Sft):
         return "completion"
+    if isinstance(stage, Distill):
+        if stage.mode == "off_policy":
+            return "completion"
+        return partial(prompted, lacks=lambda _: "", own=stage.mode == "on_policy" and stage.student_share < 1)
     if rewarded := _rewarded(stage):
         own = isinstance(stage, Preference) and OBJECTIVES[stage.loss].of == "triples"
         return partial(prompted, lacks=lacking(rewarded.rewards), own=own)
@@ -233,6 +245,21 @@ def _labelled(
     return read_solutions(kept, data.report), Ledger(**made["ledger"]), made["facts"]
 
 
+def _taught(
+    stage: Distill, data: Prepared, start: Policy, folder: Path, seed: int
+) -> tuple[Prepared, Ledger, dict[str, Any]]:
+    """The data with the teacher's answers, what they cost, and what is worth recording of them."""
+    kept, cost = folder / "taught.jsonl", folder / "taught.json"
+    if not cost.is_file():
+        teacher = teacher_of(start, stage)
+        sampler = LocalSampler(teacher, Renderer(start.tokenizer, system=stage.data.system))
+        with enough_memory("while the teacher answered", FEWER):
+            ledger, facts = teach(stage, data, sampler, seed, kept)
+        write_json(cost, {"ledger": asdict(ledger), "facts": facts | {"teacher": teacher.digest()}})
+    made = read_json(cost)
+    return taught(kept, data), Ledger(**made["ledger"]), made["facts"]
+
+
 def _held_out(model: nn.Module, held: list[Rendered], stage: ScoringStage) -> dict[str, Any]:
     """How often a scoring model is right on rows it was not trained on; `chance` is what knowing nothing earns."""
     if isinstance(stage, RewardModel):
@@ -259,6 +286,11 @@ def _method(job: Job, start: Policy, sampler: Sampler, world: World) -> tuple[Me
     stage, data, folder, seed = job.stage, job.data, job.folder, job.seed
     if isinstance(stage, Sft | ContinuedPretraining):
         return SftMethod(stage, data, seed), Ledger(), {}
+    if isinstance(stage, Distill):
+        if stage.mode == "sequence":
+            return SftMethod(stage, data, seed), Ledger(), {}
+        teacher = teacher_of(start, stage)
+        return DistillMethod(stage, data, start, teacher, sampler, seed), Ledger(), {"teacher": teacher.digest()}
     if isinstance(stage, RewardModel):
         return RewardMethod(stage, data, seed), Ledger(), {"pairs": sum(map(len, data.rows))}
     if isinstance(stage, ProcessRewardModel):

@@ -274,6 +274,54 @@ class Preference(StageBase):
         return {name: getattr(self, name) for name in OBJECTIVES[self.loss].parameters(self.divergence)}
 
 
+DISTILLS: dict[str, tuple[str, ...]] = {
+    "sequence": ("sampling",),
+    "off_policy": ("beta", "temperature"),
+    "on_policy": ("beta", "temperature", "student_share", "sampling"),
+}
+"""Which keys of a distill stage each of its modes reads; those that it does not read must not be set."""
+
+
+class Distill(StageBase):
+    """Distillation (Hinton et al., 1503.02531): learn what a teacher would say next, from its own answers
+    (sequence-level, Kim and Rush, 1606.07947) or from its distributions (GKD, Agarwal et al., 2306.13649)."""
+
+    kind: Literal["distill"] = Field(description="The method.")
+    teacher: Reference = Field(description="The model that is learned from.")
+    mode: Literal["sequence", "off_policy", "on_policy"] = Field(
+        "off_policy",
+        description="sequence: fine-tune on answers that the teacher writes before training. off_policy: come near the "
+        "teacher's next-token distributions along the data's answers. on_policy: along the student's own, too (GKD).",
+    )
+    beta: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Of the generalised Jensen-Shannon divergence: 0 is KL(teacher, student), which covers all that "
+        "the teacher says, and 1 is KL(student, teacher), which keeps to what the teacher says (MiniLLM, 2306.08543).",
+    )
+    temperature: float = Field(1.0, gt=0, description="Both models' logits are divided by it in the divergence.")
+    student_share: float = Field(
+        0.5, gt=0, le=1, description="Share of the answers that the student writes itself; the others are the data's."
+    )
+    sampling: Sampling = Field(
+        default_factory=lambda: Sampling(), description="How the teacher, or on-policy the student, writes answers."
+    )
+
+    @model_validator(mode="after")
+    def _read(self) -> Distill:
+        mine = DISTILLS[self.mode]
+        problems: list[tuple[tuple[str | int, ...], str]] = [
+            ((name,), f"mode: {self.mode} does not read it; it reads {', '.join(mine)}")
+            for name in DISTILLS["on_policy"]
+            if name not in mine
+            and getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True)
+        ]
+        if problems:
+            raise Misfit(*problems)
+        return self
+
+
 class StepSampling(Rewarded, Sampling):
     """Labels of steps from what becomes of them (Math-Shepherd, Wang et al., 2312.08935): the stage's starting model
     writes solutions, and completes each of them from the end of each step; `rewards` say which come right."""
@@ -577,7 +625,15 @@ class Ppo(Rl):
 
 
 Stage = Annotated[
-    ContinuedPretraining | Sft | Preference | RewardModel | ProcessRewardModel | RejectionSampling | Grpo | Ppo,
+    ContinuedPretraining
+    | Sft
+    | Distill
+    | Preference
+    | RewardModel
+    | ProcessRewardModel
+    | RejectionSampling
+    | Grpo
+    | Ppo,
     Field(discriminator="kind"),
 ]
 

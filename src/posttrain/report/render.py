@@ -27,6 +27,7 @@ LONGEST_ANSWER = 800  # characters; what is cut is said
 KINDS = {
     "continued_pretraining": "continued pre-training",
     "sft": "supervised fine-tuning",
+    "distill": "distillation",
     "preference": "preference optimisation",
     "reward_model": "reward model",
     "process_reward_model": "process reward model",
@@ -37,6 +38,7 @@ KINDS = {
 
 SERIES = {
     "loss": "training loss of the step",
+    "nll": "of the tokens on which the student is compared with its teacher, nats a token",
     "reward": "mean reward of the step's completions",
     "signal": "share of groups whose completions differ in reward",
     "kept": "share of the round's completions that are learned",

@@ -13,6 +13,10 @@ METHODS: dict[str, Entry] = {
     "sft": Entry(
         "Supervised fine-tuning on the assistant's tokens: likelihood, or DFT", "Wu et al., 2508.05629 (dft)"
     ),
+    "distill": Entry(
+        "A teacher's distributions or answers: sequence-level, off-policy, on-policy (GKD)",
+        "Agarwal et al., 2306.13649",
+    ),
     "preference": Entry(
         "DPO and the losses after it: pairs, lists or labelled answers, from a file or on-policy",
         "Rafailov et al., 2305.18290",

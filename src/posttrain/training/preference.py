@@ -41,7 +41,7 @@ from posttrain.losses.unpaired import apo_zero_unpaired, bco_unpaired, kto, kto_
 from posttrain.models.disk import write_text
 from posttrain.models.policy import Policy, load
 from posttrain.recipe.objectives import OBJECTIVES, Loss
-from posttrain.recipe.schema import Preference
+from posttrain.recipe.schema import Distill, Preference
 from posttrain.records import Ledger, UserError, derive
 from posttrain.rewards.protocol import Scorer
 from posttrain.sampling.protocol import Sampler
@@ -401,13 +401,14 @@ def _row_sums(rows: Sequence[Row], logps: Sequence[Sequence[float]], length_alph
     return [float(x) for x in _sums(logps_T, target_T, sequence_T, len(rows), length_alpha)]
 
 
-def second_model(policy: Policy, stage: Preference, make: Callable[..., Policy]) -> Policy:
-    """The stage's reference where that is another model, in the policy's precision; `make` is `load` or `outline`.
+def second_model(policy: Policy, stage: Preference | Distill, make: Callable[..., Policy]) -> Policy:
+    """The stage's teacher, or its reference where that is another model, in the policy's precision; `make` is `load` or
+    `outline`.
 
     Raises:
         UserError: it cannot be had, or has another vocabulary.
     """
-    other = stage.reference
+    name, other = ("teacher", stage.teacher) if isinstance(stage, Distill) else ("reference", stage.reference)
     assert other is not None
     model = make(other.source, revision=other.revision, dtype=str(policy.model.dtype).removeprefix("torch."))
     ours, theirs = policy.tokenizer.get_vocab(), model.tokenizer.get_vocab()
@@ -415,9 +416,9 @@ def second_model(policy: Policy, stage: Preference, make: Callable[..., Policy])
     if apart:
         ids = (f"{tokens[apart[0]]}" if apart[0] in tokens else "nothing" for tokens in (ours, theirs))
         raise UserError(
-            f"stage {stage.id!r}: reference {other.source} has not the policy's vocabulary: of {len(theirs)} and "
+            f"stage {stage.id!r}: {name} {other.source} has not the policy's vocabulary: of {len(theirs)} and "
             f"{len(ours)} tokens, and {len(apart)} are not the same ({apart[0]!r} is {' here and '.join(ids)} there); "
-            "its log-probabilities would be of other text. Take a reference with the policy's own tokenizer"
+            f"its log-probabilities would be of other text. Take a {name} with the policy's own tokenizer"
         )
     return model
 
