@@ -170,10 +170,10 @@ def _forward(stage: Stage, rows: Sequence[Row]) -> Callable[[nn.Module], torch.T
     if isinstance(stage, Rl) and stage.entropy_weight:
         return lambda model: token_statistics(model, pack(rows), "entropy")
     if isinstance(stage, Distill) and stage.mode != "sequence":  # the teacher's pass taken to be as the student's
-        how = {"beta": stage.beta, "temperature": stage.temperature}
-        return lambda model: token_divergences(model, model, pack(rows), **how)
-    temperature = stage.sampling.temperature if isinstance(stage, Rl) else 1.0
-    return lambda model: token_logprobs(model, pack(rows), temperature)
+        beta, temperature = stage.beta, stage.temperature
+        return lambda model: token_divergences(model, model, pack(rows), beta=beta, temperature=temperature)
+    sampled_at = stage.sampling.temperature if isinstance(stage, Rl) else 1.0
+    return lambda model: token_logprobs(model, pack(rows), sampled_at)
 
 
 def _batches(stage: Stage, data: Prepared, seed: int) -> list[list[tuple[Row, ...]]]:

@@ -13,7 +13,18 @@ from pydantic import ValidationError
 from posttrain.recipe import tree
 from posttrain.recipe.document import Document
 from posttrain.recipe.rewards import Reward, Rewarded
-from posttrain.recipe.schema import SCHEMA_VERSION, Block, Data, Evals, Misfit, Preference, Recipe, Source, StageBase
+from posttrain.recipe.schema import (
+    SCHEMA_VERSION,
+    Block,
+    Data,
+    Distill,
+    Evals,
+    Misfit,
+    Preference,
+    Recipe,
+    Source,
+    StageBase,
+)
 from posttrain.records import UserError
 
 MAX_BYTES = 1_000_000
@@ -85,6 +96,8 @@ def resolved(recipe: Recipe, base: Path) -> Recipe:
         if isinstance(stage, Preference) and stage.reference and _is_path(stage.reference.source, base):
             source = absolute(stage.reference.source)
             update["reference"] = stage.reference.model_copy(update={"source": source})
+        if isinstance(stage, Distill) and _is_path(stage.teacher.source, base):
+            update["teacher"] = stage.teacher.model_copy(update={"source": absolute(stage.teacher.source)})
         if isinstance(stage, Rewarded):
             update["rewards"] = in_rewards(stage)
         for name in ("on_policy", "rollouts"):

@@ -10,9 +10,7 @@ class Entry(NamedTuple):
 
 METHODS: dict[str, Entry] = {
     "continued_pretraining": Entry("Likelihood of raw text", "Gururangan et al., 2004.10964"),
-    "sft": Entry(
-        "Supervised fine-tuning on the assistant's tokens: likelihood, or DFT", "Wu et al., 2508.05629 (dft)"
-    ),
+    "sft": Entry("Supervised fine-tuning on the assistant's tokens: likelihood, or DFT", "Wu et al., 2508.05629 (dft)"),
     "distill": Entry(
         "A teacher's distributions or answers: sequence-level, off-policy, on-policy (GKD)",
         "Agarwal et al., 2306.13649",
