@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from scoring import END, Scripted, question
 from tiny import tiny_policy, tiny_tokenizer
 from tiny_runs import RENDERER, turn
 
+import posttrain as pt
+from posttrain import door
 from posttrain.credit.batch import as_row
 from posttrain.credit.grpo import grpo
 from posttrain.credit.reinforce import returns
@@ -317,6 +320,8 @@ def test_an_episode_is_cut_where_the_next_turn_would_have_no_room() -> None:
     assert short.rollout.text == RENDERER.decode(whole.rollout.ids[stop : stop + 1])
     [(full, _)] = played(sampler, PLAIN, budget=Budget(len(whole.rollout.ids)))
     assert full == whole
+    context = len(whole.rollout.prompt_ids) + stop + 1
+    assert played(sampler, PLAIN, budget=Budget(1000, context=context)) == [(short, score)]
 
 
 def test_the_sampler_is_never_asked_for_more_than_there_is_room_for() -> None:
@@ -541,3 +546,19 @@ def test_an_environment_of_verifiers() -> None:
 def test_what_is_no_environment_of_verifiers_is_refused() -> None:
     with pytest.raises(UserError, match="env_response"):
         Verifiers(object())
+
+
+# The page
+
+
+def test_the_page_runs_on_a_tiny_model(repo_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its blocks share their names. The random model knows neither tools nor numbers, so both loops see bad turns."""
+    page = (repo_root / "docs" / "environments.md").read_text(encoding="utf-8")
+    policy = pt.Policy.of(tiny_policy(adapter=pt.Lora(r=2), max_position_embeddings=1024))
+    monkeypatch.setattr(door, "load", lambda *_, **__: policy)
+    names: dict[str, Any] = {}
+    for block in re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE):
+        short = block.replace("steps=50", "steps=1").replace("max_new_tokens=32", "max_new_tokens=4")
+        exec(compile(short, "environments.md", "exec", dont_inherit=True), names)
+    assert len(names["found"]) == 8
+    assert {episode.rollout.group for episode, _ in names["played"]} == {0, 1}

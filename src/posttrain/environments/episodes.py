@@ -26,6 +26,8 @@ class _Going:
     first: Rollout
     """Its first turn."""
     messages: tuple[Message, ...]
+    limit: int
+    """Tokens that it may have behind the prompt."""
     text: str = ""
     ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
@@ -33,20 +35,24 @@ class _Going:
     ended: Literal["done", "tokens", "seconds", "error"] | None = None
     why: str = ""
 
+    @property
+    def room(self) -> int:
+        return self.limit - len(self.ids)
+
     def begun(self) -> Example:
         """What a sampler is asked for the next turn: the tokens so far stand as they are."""
         example = self.first.example
         return replace(example, begun=(*example.begun, *self.ids))
 
-    def hear(self, turn: Rollout, room: int, renderer: Renderer) -> None:
+    def hear(self, turn: Rollout, renderer: Renderer) -> None:
         """Take in a turn of the model, as much of it as there is room for."""
         if turn.weights != self.first.weights or turn.prompt_ids != (*self.first.prompt_ids, *self.ids):
             raise Failure(
                 f"{turn.example.id}: a turn was sampled with other weights or after other tokens than its own"
             )
-        ids = turn.ids[:room]
+        ids, logps = turn.ids[: self.room], turn.logps[: self.room]
         self.ids += ids
-        self.logps += turn.logps[:room]
+        self.logps += logps
         self.target += [True] * len(ids)
         whole = len(ids) == len(turn.ids)
         self.text = turn.text if whole else renderer.decode(ids)
@@ -63,12 +69,12 @@ class _Going:
             self.ended, self.why = "error", f"{type(error).__name__}: {error}"
             return (), False
 
-    def tell(self, said: Sequence[Message], room: int, renderer: Renderer) -> None:
+    def tell(self, said: Sequence[Message], renderer: Renderer) -> None:
         """Put what is said to the model behind its turn, where that leaves room for another."""
         if not said:
             raise Failure(f"{self.first.example.id}: the environment has nothing to say and is not done")
         ids = renderer.following(self.ids[-1], said, self.first.example.tools)
-        if len(ids) >= room:
+        if len(ids) >= self.room:
             self.ended = "tokens"
             return
         self.ids += ids
@@ -116,8 +122,7 @@ def episodes(
     episodes depend on the others.
 
     Raises:
-        UserError: the chat template cannot show tools or roles of this environment, or an episode outgrows the
-            model's context.
+        UserError: the chat template cannot show tools or roles of this environment.
         Failure: resets of one example differ, or the sampler does not go on where a turn has ended.
     """
     began = time.monotonic()
@@ -126,12 +131,15 @@ def episodes(
     _check_tools(asked, renderer)
     turns, ledger = sampler(asked, n, _within(sampling, budget.tokens), seed)
     made = [one for of_one in making for one in of_one]
-    all_ = [_Going(one, turn, turn.example.prompt) for one, turn in zip(made, turns, strict=True)]
+    all_ = [
+        _Going(one, turn, turn.example.prompt, min(budget.tokens, budget.context - len(turn.prompt_ids)))
+        for one, turn in zip(made, turns, strict=True)
+    ]
     going, count = all_, 1
     with ThreadPoolExecutor(SIZE) as threads:
         while going:
             for one, turn in zip(going, turns, strict=True):
-                one.hear(turn, budget.tokens - len(one.ids), renderer)
+                one.hear(turn, renderer)
             going = [one for one in going if one.ended is None]
             for one, (said, done) in zip(going, threads.map(_Going.answer, going), strict=True):
                 one.messages += tuple(said)
@@ -141,13 +149,12 @@ def episodes(
                     one.ended = "seconds"
                 elif one.ended is None:
                     try:
-                        one.tell(said, budget.tokens - len(one.ids), renderer)
+                        one.tell(said, renderer)
                     except Malformed as error:
                         raise UserError(f"{one.first.example.id}: {error}") from None
             going = [one for one in going if one.ended is None]
             if going:
-                room = budget.tokens - min(len(one.ids) for one in going)
-                begun = [one.begun() for one in going]
+                begun, room = [one.begun() for one in going], max(one.room for one in going)
                 turns, cost = sampler(begun, 1, _within(sampling, room), derive(seed, "turn", count))
                 ledger, count = ledger + cost, count + 1
     return [one.scored() for one in all_], ledger

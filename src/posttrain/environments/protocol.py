@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -15,8 +16,9 @@ class Budget:
     """What one episode may take. One that would take more is cut where it stands."""
 
     tokens: int
-    """Behind the prompt: the model's, and those of what it is told between its turns. With the prompt they must find
-    room in the model's context."""
+    """Behind the prompt: the model's, and those of what it is told between its turns."""
+    context: int = sys.maxsize
+    """The model's, which the prompt counts for too."""
     seconds: float = math.inf
     """Wall-clock, looked at between turns: a turn that has begun is not broken off, nor is a tool, which has limits of
     its own. Episodes go step by step together, so each waits for the slowest. Runs that it cuts cannot be repeated."""
