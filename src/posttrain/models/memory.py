@@ -80,10 +80,10 @@ def measure_pass(model: nn.Module, run: Callable[[nn.Module], Tensor], recompute
         again: with gradients of an earlier pass of the same step in place.
     """
     moments = []
-    total = len(_stack(model))
+    total = len(stack_of(model))
     shallow = _shallow(model, min(DEPTHS[0], total))
     for depth in DEPTHS if total > DEPTHS[0] else DEPTHS[:1]:
-        del _stack(shallow)[depth:]
+        del stack_of(shallow)[depth:]
         moments.append(_moments(shallow, run, recompute, again))
     deep = moments[0]
     if len(moments) == 1:
@@ -113,7 +113,7 @@ class _Moment(NamedTuple):
 
 def _moments(model: nn.Module, run: Callable[[nn.Module], Tensor], recompute: bool, again: bool) -> list[_Moment]:
     """The peak around the turn from forward to backward (until the last layer's is done), and the one at the end."""
-    layers = _stack(model)
+    layers = stack_of(model)
     weights = [*model.parameters(), *model.buffers()]
     trained = [p for p in weights if p.requires_grad]
     for p in trained:
@@ -181,7 +181,7 @@ class Meter(TorchDispatchMode):
         self.now -= size
 
 
-def _stack(model: nn.Module) -> nn.ModuleList:
+def stack_of(model: nn.Module) -> nn.ModuleList:
     """The decoder's layers."""
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and all(isinstance(m, GradientCheckpointingLayer) for m in module):
@@ -195,6 +195,6 @@ def _shallow(model: nn.Module, depth: int) -> nn.Module:
     for tensor in (*model.parameters(), *model.buffers()):
         empty = torch.empty_like(tensor, device="meta", requires_grad=False)
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    stack = _stack(model)
+    stack = stack_of(model)
     memo[id(stack)] = nn.ModuleList(copy.deepcopy(layer, memo) for layer in list(stack)[:depth])
     return copy.deepcopy(model, memo)
