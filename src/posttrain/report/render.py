@@ -32,6 +32,7 @@ KINDS = {
     "reward_model": "reward model",
     "process_reward_model": "process reward model",
     "rejection_sampling": "learning from its own right answers",
+    "online_preference": "preferences between answers sampled on the way",
     "grpo": "reinforcement learning on groups of answers",
     "ppo": "reinforcement learning with a critic",
 }

@@ -76,7 +76,7 @@ class RejectionMethod(LogProbs):
             made = self._begin(number, at == 0)
         items = [self.kept[s][i] for s, i in self.order[at * size : (at + 1) * size]]
         rows = tuple(item.row for item in items)
-        counts = Counts(tokens=sum(len(row.completion) for row in rows), sequences=len(rows))
+        counts = Counts(tokens=sum(sum(row.target) for row in rows), sequences=len(rows))
         batch = Batch(rows, tuple((i,) for i in range(len(rows))), counts)
         if at:
             return batch
@@ -197,7 +197,7 @@ def with_hint(example: Example, hint: str) -> Example:
 
 def write_kept(path: Path, kept: Sequence[Kept]) -> None:
     lines = [
-        json.dumps({"source": source, "prompt_ids": row.context, "ids": row.completion, "sample": sample})
+        json.dumps({"source": source, "ids": [row.context, row.completion, row.target], "sample": sample})
         for source, row, sample in kept
     ]
     write_text(path, "\n".join(lines) + "\n")
@@ -208,7 +208,6 @@ def read_kept(path: Path, sources: int) -> list[list[Kept]]:
     found: list[list[Kept]] = [[] for _ in range(sources)]
     for line in path.read_text(encoding="utf-8").splitlines():
         kept = json.loads(line)
-        ids = tuple(kept["ids"])
-        row = Row(tuple(kept["prompt_ids"]), ids, (True,) * len(ids))
+        row = Row(*map(tuple, kept["ids"]))
         found[kept["source"]].append(Kept(kept["source"], row, kept["sample"]))
     return found
