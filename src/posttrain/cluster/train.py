@@ -117,6 +117,8 @@ def _train(layout: Layout, gpus: bool, job: Job, start: Policy, say: Say) -> tup
         raise UserError(f"stage {job.stage.id!r}: ppo trains in one process; leave --cluster out, or take grpo")
     if isinstance(job.stage, Rl) and job.stage.endpoint is not None:
         raise UserError(f"stage {job.stage.id!r}: on a cluster rollouts come from its actors; leave `endpoint` out")
+    if isinstance(job.stage, Rl) and job.stage.environment is not None:
+        raise UserError(f"stage {job.stage.id!r}: episodes are played in one process; leave --cluster or `environment`")
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     desk = Desk.options(num_cpus=0, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     actors = _actors(layout, gpus, job)

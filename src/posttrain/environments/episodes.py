@@ -125,6 +125,42 @@ def episodes(
         UserError: the chat template cannot show tools or roles of this environment.
         Failure: resets of one example differ, or the sampler does not go on where a turn has ended.
     """
+    played, ledger = _play(environment, prompts, n, sampler, renderer, sampling, budget, seed)
+    return [one.scored() for one in played], ledger
+
+
+class EpisodeSampler:
+    """A `Sampler` whose rollouts are episodes, for methods that learn from rollouts and score them by themselves.
+
+    Raises, besides what `episodes` does:
+        Failure: the environment raised, so there is nothing to score.
+    """
+
+    def __init__(
+        self, environment: Callable[[], Environment], sampler: Sampler, renderer: Renderer, budget: Budget
+    ) -> None:
+        self.environment, self.sampler, self.renderer, self.budget = environment, sampler, renderer, budget
+
+    def __call__(
+        self, prompts: Sequence[Example], n: int, sampling: Sampling, seed: int
+    ) -> tuple[list[Rollout], Ledger]:
+        played, ledger = _play(self.environment, prompts, n, self.sampler, self.renderer, sampling, self.budget, seed)
+        for one in played:
+            if one.ended == "error":
+                raise Failure(f"{one.first.example.id}: the environment broke down: {one.why}")
+        return [one.episode().rollout for one in played], ledger
+
+
+def _play(
+    environment: Callable[[], Environment],
+    prompts: Sequence[Example],
+    n: int,
+    sampler: Sampler,
+    renderer: Renderer,
+    sampling: Sampling,
+    budget: Budget,
+    seed: int,
+) -> tuple[list[_Going], Ledger]:
     began = time.monotonic()
     making = [[environment() for _ in range(n)] for _ in prompts]
     asked = [_reset(of_one, example) for of_one, example in zip(making, prompts, strict=True)]
@@ -157,7 +193,7 @@ def episodes(
                 begun, room = [one.begun() for one in going], max(one.room for one in going)
                 turns, cost = sampler(begun, 1, _within(sampling, room), derive(seed, "turn", count))
                 ledger, count = ledger + cost, count + 1
-    return [one.scored() for one in all_], ledger
+    return all_, ledger
 
 
 def _within(sampling: Sampling, room: int) -> Sampling:

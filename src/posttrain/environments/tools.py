@@ -13,6 +13,7 @@ from posttrain.records import Example, Message, Score
 from posttrain.rewards.json_schema import problems
 from posttrain.rewards.protocol import Scorer
 from posttrain.rewards.text import unfenced
+from posttrain.rewards.verifier import verify
 
 LONGEST = 2000
 """Characters of what a tool says; the rest is cut, and said to be."""
@@ -84,14 +85,14 @@ class ToolUse:
 
     Args:
         tools: what may be called.
-        score: of the episode's rollout, whose text is the last turn.
+        score: of the episode's rollout, whose text is the last turn; by default that of generated tasks.
         plain: for models whose chat template shows no tools, SmolLM2's for one. They are then described in the system
             message, and answer in the user's turn between <tool_response> tags. Otherwise both are the template's
             business: the example's `tools`, and messages of the role `tool`.
     """
 
     tools: tuple[Tool, ...]
-    score: Scorer
+    score: Scorer = verify
     plain: bool = False
 
     def reset(self, example: Example) -> Example:

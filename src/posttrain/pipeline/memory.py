@@ -186,7 +186,7 @@ def _batches(stage: Stage, data: Prepared, seed: int) -> list[list[tuple[Row, ..
         for source, i in order[first : first + stage.batch_size]:
             item = data.rows[source][i]
             if isinstance(stage, Rl):
-                units += [(_sampled(item.prompt_ids, stage.sampling, k),) for k in range(stage.n)]
+                units += [(_sampled(item.prompt_ids, stage.whole, k),) for k in range(stage.n)]
             elif isinstance(stage, Preference) and stage.on_policy:
                 units.append(tuple(_sampled(item.prompt_ids, stage.on_policy, k) for k in range(stage.width)))
             elif isinstance(stage, RejectionSampling):
@@ -211,7 +211,7 @@ def _sampled(prompt: Sequence[int], sampling: Sampling, k: int) -> Row:
 def _sampling(stage: Stage, data: Prepared, model: nn.Module) -> Terms:
     """Of the local engine, in one call for all prompts of a step (of a stage or round that begins so)."""
     if isinstance(stage, Rl):
-        prompts, n, sampling = stage.batch_size, stage.n, stage.sampling
+        prompts, n, sampling = stage.batch_size, stage.n, stage.whole
     elif isinstance(stage, RejectionSampling):
         prompts, n, sampling = stage.prompts, stage.n, stage.sampling
     elif isinstance(stage, Distill) and stage.mode != "off_policy":

@@ -121,7 +121,7 @@ def _stage(stage: Stage, data: Prepared, policy: Policy, seed: int) -> StagePlan
         generated = stage.on_policy.prompts * stage.on_policy.n * stage.on_policy.max_new_tokens
     elif isinstance(stage, Rl):
         branches = stage.n
-        answers = stage.n * stage.sampling.max_new_tokens
+        answers = stage.n * stage.whole.max_new_tokens
         generated = -(-stage.steps // stage.period) * stage.batch_size * answers
         generated *= stage.max_draws if isinstance(stage, Grpo) else 1
         trees //= stage.minibatches

@@ -16,6 +16,9 @@ from torch import nn
 from posttrain.data.chat import Rendered, Renderer
 from posttrain.data.prepare import Need, Prepared, prepare, prompted
 from posttrain.data.steps import solution
+from posttrain.environments import make
+from posttrain.environments.episodes import EpisodeSampler
+from posttrain.environments.protocol import Budget
 from posttrain.evals.stats import wilson
 from posttrain.machine import peak_memory
 from posttrain.models.policy import Policy, outline
@@ -299,6 +302,10 @@ def _method(job: Job, start: Policy, sampler: Sampler, world: World) -> tuple[Me
         if stage.endpoint is not None:
             renderer = Renderer(start.tokenizer, system=stage.data.system)
             sampler = EndpointSampler(start, renderer, stage.endpoint, folder / "served")
+        if stage.environment is not None:
+            renderer = Renderer(start.tokenizer, system=stage.data.system)
+            budget = Budget(stage.environment.tokens, context=start.context)
+            sampler = EpisodeSampler(make(stage.environment), sampler, renderer, budget)
         score = _scorer(stage, data, start, folder)
         if isinstance(stage, Grpo):
             return GrpoMethod(stage, data, start, sampler, score, seed, world), Ledger(), {}

@@ -387,6 +387,24 @@ class Endpoint(Block):
     retries: int = Field(5, ge=0, description="Further attempts where it is busy, restarting or cut off.")
 
 
+class ToolsEnvironment(Block):
+    """Tools that the model may call before it answers: an episode goes on until a turn without a call, the answer."""
+
+    kind: Literal["tools"] = Field(description="The environment.")
+    tools: tuple[Literal["calculator", "python"], ...] = Field(min_length=1, description="What it may call.")
+    plain: bool = Field(
+        False,
+        description="Describe the tools in the system message, and tell their results as the user: for a chat template "
+        "that shows no tools.",
+    )
+    tokens: int = Field(
+        512,
+        ge=1,
+        description="Longest episode behind its prompt, in tokens, with what tools say; max_new_tokens is of one turn.",
+    )
+    timeout_s: float = Field(5.0, gt=0, description="Seconds after which a program given to python is ended.")
+
+
 class Rl(Rewarded, StageBase):
     """What every stage has that learns from its own samples."""
 
@@ -433,6 +451,16 @@ class Rl(Rewarded, StageBase):
     endpoint: Endpoint | None = Field(
         None, description="A server that draws the completions in place of the local engine."
     )
+    environment: ToolsEnvironment | None = Field(
+        None, description="What the model acts in before it answers; default: nothing. `rewards` score the answer."
+    )
+
+    @property
+    def whole(self) -> Sampling:
+        """`sampling`, as long as all that may follow a prompt."""
+        if self.environment is None:
+            return self.sampling
+        return self.sampling.model_copy(update={"max_new_tokens": self.environment.tokens})
 
     @property
     def period(self) -> int:

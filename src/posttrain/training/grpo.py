@@ -115,7 +115,7 @@ def reduction(stage: Grpo) -> tuple[Aggregate, float]:
     """`how` and `constant` of `reduce_tokens`."""
     if stage.aggregate == "sum":
         return "constant", 1.0
-    return stage.aggregate, stage.sampling.max_new_tokens
+    return stage.aggregate, stage.whole.max_new_tokens
 
 
 def differing(drawn: Sequence[Scored]) -> list[list[Scored]]:

@@ -164,7 +164,7 @@ class RolloutMethod(LogProbs):
                 shuffle(order)
             self.parts += [self._part(rollouts, order[k :: stage.minibatches]) for k in range(stage.minibatches)]
         members, first = self.parts[0]
-        metrics = {**measured(drawn, stage.sampling.max_new_tokens), **self.told}
+        metrics = {**measured(drawn, stage.whole.max_new_tokens), **self.told}
         samples = tuple(
             {"prompt": asked(r.example), "text": r.text, "score": s.value, "outcome": s.outcome} for r, s in drawn[:2]
         )
