@@ -18,7 +18,7 @@ from posttrain.recipe.schema import Lora, Recipe
 from posttrain.records import UserError
 
 DATA = {"sft": answered, "dpo": paired, "dpo on-policy": asked, "bco_unpaired": labelled}
-DATA |= {"rejection_sampling": asked, "grpo": asked, "ppo": asked}
+DATA |= {"online_preference": asked, "rejection_sampling": asked, "grpo": asked, "ppo": asked}
 
 
 def data_of(name: str) -> Prepared:
@@ -37,7 +37,7 @@ def test_every_kind_of_stage_is_counted(name: str, adapter: Lora | None) -> None
     trained = sum(p.nbytes for p in policy.parameters().values())
     assert terms["weights"] == sum(p.nbytes for p in policy.model.parameters())
     assert terms["optimiser"] == 2 * trained
-    assert ("reference" in terms) == (name in ("grpo", "ppo"))  # those with a KL weight
+    assert ("reference" in terms) == (name in ("online_preference", "grpo", "ppo"))  # the last two by their KL weight
     assert all(size >= 0 for size in terms.values())
 
 

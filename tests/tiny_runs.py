@@ -18,8 +18,10 @@ from posttrain.models.policy import Policy
 from posttrain.models.reward import reward_model
 from posttrain.recipe.objectives import OBJECTIVES
 from posttrain.recipe.schema import (
+    Distill,
     Grpo,
     Lora,
+    OnlinePreference,
     Ppo,
     Preference,
     ProcessRewardModel,
@@ -32,8 +34,10 @@ from posttrain.recipe.schema import (
 from posttrain.records import Example, Ledger, Rollout, Score
 from posttrain.sampling.local import LocalSampler
 from posttrain.training.batch import Batch, Method
+from posttrain.training.distill import DistillMethod
 from posttrain.training.grpo import GrpoMethod
 from posttrain.training.loop import TIMES, train
+from posttrain.training.online import OnlineMethod
 from posttrain.training.ppo import PpoMethod
 from posttrain.training.preference import (
     PreferenceMethod,
@@ -145,6 +149,7 @@ STAGES: dict[str, tuple[type[StageBase], dict[str, Any]]] = {
     "dpo on-policy": (Preference, {"kind": "preference", "on_policy": {"n": 4, "prompts": 6, "max_new_tokens": 6}}),
     "aot": (Preference, {"kind": "preference", "loss": "aot"}),
     "bco_unpaired": (Preference, {"kind": "preference", "loss": "bco_unpaired"}),
+    "distill": (Distill, {"kind": "distill", "teacher": {"source": "unused"}}),
     "reward_model": (RewardModel, {"kind": "reward_model", "centring": 0.01}),
     "process_reward_model": (ProcessRewardModel, {"kind": "process_reward_model"}),
     "rejection_sampling": (
@@ -158,6 +163,7 @@ STAGES: dict[str, tuple[type[StageBase], dict[str, Any]]] = {
             "sampling": {"max_new_tokens": 6, "stop": ENDS},
         },
     ),
+    "online_preference": (OnlinePreference, {"kind": "online_preference", "n": 4, "sampling": {"max_new_tokens": 6}}),
     "grpo": (Grpo, {"kind": "grpo", "n": 4, "sampling": {"max_new_tokens": 6}, "kl_weight": 0.1}),
     "grpo twice": (Grpo, {"kind": "grpo", "n": 4, "sampling": {"max_new_tokens": 6}, "iterations": 2}),
     "grpo all": (
@@ -242,6 +248,17 @@ def ppo(policy: Policy, stage: Ppo, score: Callable[[Example, str], Score] = len
     return PpoMethod(stage, prepared(asked()), policy, sampler, scorer(score), SEED)
 
 
+def online(
+    policy: Policy,
+    stage: OnlinePreference,
+    score: Callable[[Example, str], Score] = lengths,
+    sampler: Any = None,
+    data: Prepared | None = None,
+) -> OnlineMethod:
+    sampler = sampler or LocalSampler(policy, RENDERER)
+    return OnlineMethod(stage, data or prepared(asked()), policy, sampler, scorer(score), SEED)
+
+
 def rejection(
     policy: Policy,
     stage: RejectionSampling,
@@ -257,10 +274,15 @@ def rejection(
 def method_of(name: str, policy: Policy, stage: Any, folder: Path | None = None) -> Method:
     if name == "sft":
         return sft(stage)
+    if isinstance(stage, Distill):
+        teacher = tiny_policy(seed=7, hidden_size=48)
+        return DistillMethod(stage, prepared(answered()), policy, teacher, LocalSampler(policy, RENDERER), SEED)
     if name == "reward_model":
         return RewardMethod(stage, prepared(paired()), SEED)
     if name == "process_reward_model":
         return ProcessRewardMethod(stage, solved(), SEED)
+    if isinstance(stage, OnlinePreference):
+        return online(policy, stage)
     if isinstance(stage, RejectionSampling):
         assert folder is not None
         return rejection(policy, stage, folder)

@@ -35,7 +35,7 @@ from posttrain.machine import peak_memory, tune
 from posttrain.models.disk import write_text
 from posttrain.models.policy import Policy
 from posttrain.pipeline.stages import Job, Say, Trainer, learn
-from posttrain.recipe.schema import Distill, Ppo, Preference, RejectionSampling, Rl
+from posttrain.recipe.schema import Distill, OnlinePreference, Ppo, Preference, RejectionSampling, Rl
 from posttrain.records import Failure, Ledger, UserError
 from posttrain.training.world import Distributed
 
@@ -157,7 +157,7 @@ def _train(layout: Layout, gpus: bool, job: Job, start: Policy, say: Say) -> tup
 
 def _actors(layout: Layout, gpus: bool, job: Job) -> list[Any]:
     if not (
-        isinstance(job.stage, Rl | RejectionSampling)
+        isinstance(job.stage, Rl | RejectionSampling | OnlinePreference)
         or (isinstance(job.stage, Preference) and job.stage.on_policy)
         or (isinstance(job.stage, Distill) and job.stage.mode == "on_policy")
     ):

@@ -17,6 +17,7 @@ from posttrain.models.memory import Pass, measure_forward, measure_pass
 from posttrain.models.policy import Policy, outline
 from posttrain.recipe.schema import (
     Distill,
+    OnlinePreference,
     Preference,
     ProcessRewardModel,
     RejectionSampling,
@@ -65,6 +66,8 @@ def stage_memory(stage: Stage, data: Prepared, policy: Policy, seed: int) -> Ter
     terms = {"process": own_memory(), "weights": sum(p.nbytes for p in policy.model.parameters())}
     period = stage.period if isinstance(stage, Rl) else 1
     terms["base"] = trained  # what every stage's model is compared with
+    if isinstance(stage, OnlinePreference):
+        terms["reference"] = trained * (2 if stage.loss == "nash_md" else 1)  # and its mixture with the policy
     if isinstance(stage, Rl) and stage.kl_weight:
         terms["reference"] = trained
     terms["optimiser"] = moments
@@ -72,14 +75,14 @@ def stage_memory(stage: Stage, data: Prepared, policy: Policy, seed: int) -> Ter
         terms["checkpoint"] = trained + moments
         if isinstance(stage, Rl) and stage.kl_weight and stage.reference_reset:
             terms["checkpoint"] += trained
-    answering = policy.model
+    answering, teacher = policy.model, None
     if isinstance(stage, Distill):
-        teacher = second_model(policy, stage, outline)
-        terms["teacher"] = sum(p.nbytes for p in teacher.model.parameters())
+        teacher = second_model(policy, stage, outline).model
+        terms["teacher"] = sum(p.nbytes for p in teacher.parameters())
         if stage.mode == "sequence":
-            answering = teacher.model
+            answering, teacher = teacher, None
     try:
-        step, sampling = _largest_pass(stage, data, policy.model, seed), _sampling(stage, data, answering)
+        step, sampling = _largest_pass(stage, data, policy.model, seed, teacher), _sampling(stage, data, answering)
     except Exception as error:  # the model's code is not ours, and may fail in any way
         said = str(error).partition("\n")[0]
         raise Unpredicted(f"{type(decoder(policy.model)).__name__} does not run without values ({said})") from error
@@ -138,7 +141,7 @@ def _state_bytes(weight: torch.Tensor) -> int:
     return 2 * weight.itemsize if weight.itemsize >= 4 else 3 * 4
 
 
-def _largest_pass(stage: Stage, data: Prepared, model: nn.Module, seed: int) -> Pass:
+def _largest_pass(stage: Stage, data: Prepared, model: nn.Module, seed: int, teacher: nn.Module | None) -> Pass:
     found: list[tuple[int, int, list[Row]]] = []
     several = False
     for batch in _batches(stage, data, seed):
@@ -152,27 +155,36 @@ def _largest_pass(stage: Stage, data: Prepared, model: nn.Module, seed: int) -> 
             found.append((len(pack(mine)), sum(sum(row.target) for row in mine), mine))
     # The most tokens fill the layers, the most targets the head.
     candidates = [max(found, key=lambda f: f[by])[2] for by in (0, 1)]
-    return max(
+    largest = max(
         (
             measure_pass(model, _forward(stage, rows), stage.activation_checkpointing, several)
             for rows in (candidates if candidates[0] is not candidates[1] else candidates[:1])
         ),
         key=lambda p: p.peak,
     )
+    if teacher is None:
+        return largest
+    # Its pass comes before the student's, whose activations are not there yet.
+    before = max(measure_forward(teacher, _states(rows)) for rows in candidates)
+    return largest._replace(work=max(largest.work, before - largest.activations))
+
+
+def _states(rows: Sequence[Row]) -> Callable[[nn.Module], torch.Tensor]:
+    return lambda model: hidden_states(model, pack(rows))
 
 
 def _forward(stage: Stage, rows: Sequence[Row]) -> Callable[[nn.Module], torch.Tensor]:
     """The forest is made anew each time, for it keeps its masks."""
     if isinstance(stage, ScoringStage):  # its head is one number wide
-        return lambda model: hidden_states(model, pack(rows))
+        return _states(rows)
     if isinstance(stage, Preference) and stage.weighting:
         return lambda model: token_statistics(model, pack(rows), "collision")
     if isinstance(stage, Rl) and stage.entropy_weight:
         return lambda model: token_statistics(model, pack(rows), "entropy")
-    if isinstance(stage, Distill) and stage.mode != "sequence":  # the teacher's pass taken to be as the student's
+    if isinstance(stage, Distill) and stage.mode != "sequence":  # the student stands in for the teacher's head
         beta, temperature = stage.beta, stage.temperature
         return lambda model: token_divergences(model, model, pack(rows), beta=beta, temperature=temperature)
-    sampled_at = stage.sampling.temperature if isinstance(stage, Rl) else 1.0
+    sampled_at = stage.sampling.temperature if isinstance(stage, Rl | OnlinePreference) else 1.0
     return lambda model: token_logprobs(model, pack(rows), sampled_at)
 
 
@@ -189,6 +201,8 @@ def _batches(stage: Stage, data: Prepared, seed: int) -> list[list[tuple[Row, ..
                 units += [(_sampled(item.prompt_ids, stage.whole, k),) for k in range(stage.n)]
             elif isinstance(stage, Preference) and stage.on_policy:
                 units.append(tuple(_sampled(item.prompt_ids, stage.on_policy, k) for k in range(stage.width)))
+            elif isinstance(stage, OnlinePreference):
+                units.append(tuple(_sampled(item.prompt_ids, stage.sampling, k) for k in range(stage.sides)))
             elif isinstance(stage, RejectionSampling):
                 units.append((_sampled(item.prompt_ids, stage.sampling, 0),))
             elif isinstance(stage, Distill) and (stage.mode == "on_policy" or not item.completion_ids):
@@ -212,6 +226,8 @@ def _sampling(stage: Stage, data: Prepared, model: nn.Module) -> Terms:
     """Of the local engine, in one call for all prompts of a step (of a stage or round that begins so)."""
     if isinstance(stage, Rl):
         prompts, n, sampling = stage.batch_size, stage.n, stage.whole
+    elif isinstance(stage, OnlinePreference):
+        prompts, n, sampling = stage.batch_size, stage.n, stage.sampling
     elif isinstance(stage, RejectionSampling):
         prompts, n, sampling = stage.prompts, stage.n, stage.sampling
     elif isinstance(stage, Distill) and stage.mode != "off_policy":

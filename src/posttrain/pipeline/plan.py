@@ -16,6 +16,7 @@ from posttrain.pipeline.stages import stage_data
 from posttrain.recipe.schema import (
     Distill,
     Grpo,
+    OnlinePreference,
     Preference,
     ProcessRewardModel,
     Recipe,
@@ -132,6 +133,10 @@ def _stage(stage: Stage, data: Prepared, policy: Policy, seed: int) -> StagePlan
         else:
             generated = round(trees * stage.student_share) * sampled
             answers = stage.student_share * sampled + (1 - stage.student_share) * answers
+    elif isinstance(stage, OnlinePreference):
+        branches = stage.sides
+        answers = branches * stage.sampling.max_new_tokens
+        generated = trees * stage.n * stage.sampling.max_new_tokens
     elif isinstance(stage, RejectionSampling):
         answers = stage.sampling.max_new_tokens
         generated = stage.rounds * stage.prompts * stage.n * answers * (2 if stage.hint else 1)

@@ -31,6 +31,7 @@ from posttrain.recipe.schema import (
     ContinuedPretraining,
     Distill,
     Grpo,
+    OnlinePreference,
     Preference,
     ProcessRewardModel,
     RejectionSampling,
@@ -53,6 +54,7 @@ from posttrain.training.batch import Method
 from posttrain.training.distill import DistillMethod, taught, teach, teacher_of
 from posttrain.training.grpo import GrpoMethod
 from posttrain.training.loop import train
+from posttrain.training.online import OnlineMethod
 from posttrain.training.oom import FEWER, enough_memory
 from posttrain.training.ppo import PpoMethod
 from posttrain.training.preference import (
@@ -310,6 +312,9 @@ def _method(job: Job, start: Policy, sampler: Sampler, world: World) -> tuple[Me
         if isinstance(stage, Grpo):
             return GrpoMethod(stage, data, start, sampler, score, seed, world), Ledger(), {}
         return PpoMethod(stage, data, start, sampler, score, seed, world), Ledger(), {}
+    if isinstance(stage, OnlinePreference):
+        score = _scorer(stage, data, start, folder)
+        return OnlineMethod(stage, data, start, sampler, score, seed, world), Ledger(), {}
     if isinstance(stage, RejectionSampling):
         score = _scorer(stage, data, start, folder)
         return RejectionMethod(stage, data, start, sampler, score, folder, seed, world), Ledger(), {}

@@ -526,6 +526,43 @@ class RejectionSampling(Rewarded, StageBase):
         return self
 
 
+class OnlinePreference(Rewarded, StageBase):
+    """Learn preferences between answers that are sampled while training goes on and compared by `rewards`: online DPO
+    (Guo et al., 2402.04792), Nash-MD (Munos et al., 2312.00886), XPO (Xie et al., 2405.21046)."""
+
+    kind: Literal["online_preference"] = Field(description="The method.")
+    optim: Optim = Field(
+        default_factory=lambda: Optim(lr=5e-5, schedule="constant"), description="Optimiser and its schedule."
+    )
+    sampling: Sampling = Field(default_factory=lambda: Sampling(), description="How completions are drawn.")
+    loss: Literal["dpo", "ipo", "nash_md", "xpo"] = Field("dpo", description="What is minimised.")
+    n: int = Field(2, ge=2, description="Completions per prompt, a best and a worst of which are a pair (dpo, ipo).")
+    beta: float = Field(0.1, gt=0, description="Strength of the pull towards the reference.")
+    mixture: float = Field(
+        0.5, ge=0, le=1, description="nash_md: share of the reference in what the policy's answer is compared with."
+    )
+    alpha: float = Field(1e-5, ge=0, description="xpo: weight of exploration, away from the reference's own answers.")
+
+    @property
+    def sides(self) -> int:
+        """Answers to a prompt that are learned from."""
+        return 1 if self.loss == "nash_md" else 2
+
+    @model_validator(mode="after")
+    def _fits_its_loss(self) -> OnlinePreference:
+        readers = {"n": ("dpo", "ipo"), "mixture": ("nash_md",), "alpha": ("xpo",)}
+        problems: list[tuple[tuple[str | int, ...], str]] = [
+            ((name,), f"loss {self.loss} does not read it; {' and '.join(losses)} alone do")
+            for name, losses in readers.items()
+            if self.loss not in losses and getattr(self, name) != type(self).model_fields[name].default
+        ]
+        if self.sampling.temperature == 0:
+            problems.append((("sampling", "temperature"), GREEDY_GROUP))
+        if problems:
+            raise Misfit(*problems)
+        return self
+
+
 READ: dict[str, dict[str, tuple[str, ...]]] = {
     "objective": {
         "clip": ("ratio", "clip_low", "clip_high", "ratio_cap"),
@@ -660,6 +697,7 @@ Stage = Annotated[
     | RewardModel
     | ProcessRewardModel
     | RejectionSampling
+    | OnlinePreference
     | Grpo
     | Ppo,
     Field(discriminator="kind"),

@@ -27,6 +27,10 @@ METHODS: dict[str, Entry] = {
         "Learn the right ones of its own answers: RFT, STaR with rationalisation, ReST and expert iteration",
         "Yuan et al., 2308.01825; Zelikman et al., 2203.14465; Gulcehre et al., 2308.08998",
     ),
+    "online_preference": Entry(
+        "Preferences between answers sampled while training: online DPO, Nash-MD, XPO",
+        "Guo et al., 2402.04792; Munos et al., 2312.00886; Xie et al., 2405.21046",
+    ),
     "grpo": Entry(
         "Policy gradient on groups: GRPO, Dr. GRPO, DAPO, GSPO, CISPO, SAPO, GMPO, VESPO, RLOO, REINFORCE++",
         "Shao et al., 2402.03300",

@@ -67,7 +67,7 @@ class OnlineMethod(LogProbs):
         if stage.loss == "nash_md":
             members = [k for k in range(0, len(drawn), 2) if None not in (scores[k].value, scores[k + 1].value)]
             self.chances = [preferred(scores[k].value or 0.0, scores[k + 1].value or 0.0) for k in members]
-            units = [(i,) for i in range(len(members))]
+            units: list[tuple[int, ...]] = [(i,) for i in range(len(members))]
             if members:
                 metrics["preferred"] = sum(self.chances) / len(members)
         else:
