@@ -11,6 +11,11 @@ from test_bad_input import here, home, jsonl, refused, source, write
 from tiny import tiny_policy
 
 from posttrain.cli import main
+from posttrain.pipeline import stages
+from posttrain.pipeline.plan import plan
+from posttrain.recipe.load import resolved
+from posttrain.recipe.schema import Recipe
+from posttrain.records import Failure
 
 __all__ = ["here", "home"]
 ROWS = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(6)]
@@ -46,6 +51,42 @@ def test_a_student_learns_from_a_teacher_of_another_size(here: Path, mode: str, 
     assert ("nll" in rows[0]) == (mode != "sequence")
     assert (record["ledger"]["generated_tokens"] > 0) == (mode != "off_policy")
     assert (here / "out/stages/d/taught.jsonl").is_file() == (mode == "sequence")
+
+
+def test_a_run_that_was_stopped_does_not_ask_the_teacher_again(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_policy(seed=5).save(here / "teacher")
+    command = write(recipe({"kind": "distill", "teacher": {"source": "teacher"}, "mode": "sequence"}))
+
+    def stop(*args: Any) -> Any:
+        raise Failure("the machine went away")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stages, "train", stop)
+        assert main(command) == 1
+    said = (here / "out/stages/d/taught.jsonl").read_text()
+    with monkeypatch.context() as patched:
+        patched.setattr(stages, "teach", stop)
+        assert main(command) == 0
+    assert (here / "out/stages/d/taught.jsonl").read_text() == said
+    assert main([*command[:-1], "whole"]) == 0
+    digests = [
+        json.loads((here / out / "stages/d/stage.json").read_text())["artifact"]["digest"] for out in ("out", "whole")
+    ]
+    assert digests[0] == digests[1]
+
+
+def test_a_wide_teacher_takes_more_than_its_weights(here: Path) -> None:
+    """Its layers' own work, 40 tokens times what its MLP widens them to, stands in `work`."""
+    tiny_policy(seed=5).save(here / "teacher")
+    tiny_policy(seed=5, intermediate_size=16384).save(here / "wide")
+    work = []
+    for name in ("teacher", "wide"):
+        given = recipe({"kind": "distill", "teacher": {"source": name}})
+        write(given)
+        (stage,) = plan(resolved(Recipe.model_validate(given), here)).stages
+        assert isinstance(stage.memory, dict)
+        work.append(stage.memory["work"])
+    assert work[1] > work[0] + 40 * 16384 * 4
 
 
 def test_a_teacher_of_another_tokenizer_is_refused_before_anything_slow(here: Path, capsys: Any) -> None:
