@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from scoring import END, Scripted, question
-from test_bad_input import here, home, write
+from test_bad_input import here, home, refused, write
 from test_environments import ASK
 from test_pipeline_rewards import LENGTH, recipe
 from test_recipe_rl import grpo as grpo_stage
@@ -28,7 +28,7 @@ from posttrain.records import Example, Failure, Score
 from posttrain.training.batch import frozen_logprobs
 
 __all__ = ["here", "home"]
-TOOLS = {"kind": "tools", "tools": ["calculator", "python"], "plain": True, "tokens": 400}
+TOOLS = {"tools": ["calculator", "python"], "plain": True, "tokens": 400}
 
 
 def test_a_recipe_s_environment_has_its_tools_and_its_length() -> None:
@@ -111,6 +111,11 @@ def write_long(given: dict[str, Any]) -> list[str]:
     tiny_policy(max_position_embeddings=2048).save(Path("long"))
     given["model"] = {"source": "long"}
     return write(given)
+
+
+def test_a_tool_that_is_not_there_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(write(recipe([LENGTH], environment={"tools": ["abacus"]})), capsys)
+    assert "calculator" in message
 
 
 def test_a_template_that_shows_no_tools_is_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

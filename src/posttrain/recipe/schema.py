@@ -390,7 +390,6 @@ class Endpoint(Block):
 class ToolsEnvironment(Block):
     """Tools that the model may call before it answers: an episode goes on until a turn without a call, the answer."""
 
-    kind: Literal["tools"] = Field(description="The environment.")
     tools: tuple[Literal["calculator", "python"], ...] = Field(min_length=1, description="What it may call.")
     plain: bool = Field(
         False,

@@ -111,5 +111,6 @@ def _noun(annotation: Any) -> str:
         return " or ".join(f"`{a}`" for a in args)
     if origin is tuple:
         count = "" if args[-1] is Ellipsis else f"{len(args)} "
-        return f"a list of {count}{_PLURALS.get(args[0], 'blocks')}"
+        inside = _noun(args[0]) if get_origin(args[0]) is Literal else _PLURALS.get(args[0], "blocks")
+        return f"a list of {count}{inside}"
     return _NOUNS.get(annotation, "a block of keys")
