@@ -52,7 +52,18 @@ def test_text_has_type_range_default_and_meaning() -> None:
     assert "none; it must be given" in explain("stages.sft.steps")
 
 
-KINDS = ("continued_pretraining", "sft", "preference", "reward_model", "process_reward_model", "grpo", "ppo")
+KINDS = (
+    "continued_pretraining",
+    "sft",
+    "distill",
+    "preference",
+    "reward_model",
+    "process_reward_model",
+    "rejection_sampling",
+    "online_preference",
+    "grpo",
+    "ppo",
+)
 
 
 def test_blocks_list_their_keys_and_kinds_their_paper() -> None:
@@ -64,8 +75,8 @@ def test_blocks_list_their_keys_and_kinds_their_paper() -> None:
 def test_an_ending_names_one_key_of_several_kinds_with_each_default() -> None:
     assert [k.path for k in lookup("optim.lr")] == [f"stages.{kind}.optim.lr" for kind in KINDS]
     text = explain("optim.lr")
-    assert "0.0002 (stages.continued_pretraining.optim.lr, stages.sft.optim.lr)" in text
-    assert "5e-05 (stages.preference.optim.lr, stages.grpo.optim.lr, stages.ppo.optim.lr)" in text
+    for lr, those in {"0.0002": KINDS[:3], "5e-05": (KINDS[3], *KINDS[6:]), "0.0001": KINDS[4:6]}.items():
+        assert f"{lr} ({', '.join(f'stages.{kind}.optim.lr' for kind in those)})" in text
 
 
 def test_ambiguous_and_unknown_keys() -> None:
