@@ -75,7 +75,7 @@ def test_json_round_trip_is_the_same_recipe() -> None:
         ("    steps: 4", "    steps: 0", "r.yaml:8: stages.0.steps: must be a whole number, at least 1, not 0"),
         ("    steps: 4", "    steps: 4\n    lr: 1", "r.yaml:9: stages.0.lr: unknown key (did you mean `optim.lr`?)"),
         ("kind: grpo", "kind: gpro", "r.yaml:13: stages.1.kind: unknown kind 'gpro' (did you mean `grpo`?)"),
-        ("    kind: grpo\n", "", "r.yaml:12: stages.1.kind: missing; it takes `sft`, `preference`, `reward_model`, "),
+        ("    kind: grpo\n", "", "r.yaml:12: stages.1.kind: missing; it takes `continued_pretraining`, `sft`, "),
         ("    steps: 2\n", "", "r.yaml:12: stages.1.steps: missing; it takes a whole number, at least 1"),
         ("  source: pip:pkg/m.gguf", "  source: no\n  adapter: {r: 8, targets: 1}", "or a list of texts, not 1"),
         ("name: demo", "name: 2", "r.yaml:2: name: must be text, pattern"),

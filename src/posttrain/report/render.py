@@ -43,6 +43,7 @@ SERIES = {
     "reward": "mean reward of the step's completions",
     "signal": "share of groups whose completions differ in reward",
     "kept": "share of the round's completions that are learned",
+    "preferred": "chance that the model's answers are preferred to those of its mixture with the reference",
     "draws": "times that prompts were drawn for the step",
     "margin": "score of chosen above rejected, times beta",
     "accuracy": "share of pairs in which chosen is preferred",
