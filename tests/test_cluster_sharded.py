@@ -21,9 +21,11 @@ from tiny_runs import (
     answered,
     grpo,
     method_of,
+    online,
     paired,
     preference,
     prepared,
+    rejection,
     rows_of,
     run,
     stage_of,
@@ -33,7 +35,7 @@ from workers import together
 
 from posttrain.cluster.sharded import shard
 from posttrain.models.reward import reward_model
-from posttrain.recipe.schema import Lora, Preference, ScoringStage
+from posttrain.recipe.schema import Lora, OnlinePreference, Preference, RejectionSampling, ScoringStage
 from posttrain.training.batch import chosen, frozen_logprobs
 from posttrain.training.loop import train
 from posttrain.training.reward import ends
@@ -86,7 +88,9 @@ def test_the_same_losses(tmp_path):
             assert a.keys() == b.keys()
             assert b["loss"] == pytest.approx(a["loss"], rel=TOLERANCE, abs=TOLERANCE), (name, adapter, a["step"])
             # At the reference all margins are 0, and rounding decides their signs.
-            sign = {"accuracy"} if isinstance(stage_of(name), Preference) and a["step"] == 0 else set()
+            sign = (
+                {"accuracy"} if isinstance(stage_of(name), Preference | OnlinePreference) and a["step"] == 0 else set()
+            )
             for key in (
                 a.keys() - {"tokens"} - sign
             ):  # what is near zero, or the least of many, shows more of the rounding
@@ -184,6 +188,13 @@ def _run(
         method = preference(policy, stage, world=world)
     elif name.startswith("grpo"):
         method = grpo(policy, stage, sampler=Here(policy, tiny_policy(adapter=adapter), RENDERER))
+        method.world = world
+    elif isinstance(stage, OnlinePreference | RejectionSampling):
+        sampler = Here(policy, tiny_policy(adapter=adapter), RENDERER)
+        if isinstance(stage, OnlinePreference):
+            method = online(policy, stage, sampler=sampler)
+        else:
+            method = rejection(policy, stage, folder, sampler=sampler)
         method.world = world
     else:
         method = method_of(name, policy, stage)
