@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
@@ -65,7 +66,7 @@ def sampled_at(stage: Grpo | Ppo, step: int) -> int:
     return max(step - stage.staleness * stage.period, step // every * every)
 
 
-class RolloutMethod(LogProbs):
+class RolloutMethod(LogProbs, ABC):
     """Rollouts are drawn every `period` steps, and what has nothing to teach is not computed.
 
     A subclass says what each token is worth (`credit`) and what is minimised (`objective`), and makes of `policy_loss`
@@ -107,9 +108,9 @@ class RolloutMethod(LogProbs):
         """Of each prompt how many answers were right, of how many; kept for a curriculum."""
         self.unchecked = stage.check_first_step
 
+    @abstractmethod
     def credit(self, rollouts: Sequence[Rollout], scores: Sequence[Score]) -> list[list[float] | None]:
         """What each token of each completion is worth; None for one without a score. May add to `told`, the metrics."""
-        raise NotImplementedError
 
     # What a checkpoint holds
 
