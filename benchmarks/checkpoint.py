@@ -23,7 +23,7 @@ from workload import Workload, write
 
 from posttrain.machine import tune
 from posttrain.models.policy import Policy
-from posttrain.recipe.schema import StageBase
+from posttrain.recipe.stage import StageBase
 from posttrain.training.batch import interval
 from posttrain.training.loop import train
 

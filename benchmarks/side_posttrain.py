@@ -14,7 +14,11 @@ from posttrain.data.prepare import Prepared, prepare
 from posttrain.machine import tune
 from posttrain.models.policy import Policy, load
 from posttrain.models.reward import reward_model
-from posttrain.recipe.schema import Data, Grpo, Lora, Optim, Preference, RewardModel, Sampling, Sft, Source
+from posttrain.recipe.blocks import Data, Lora, Optim, Sampling, Source
+from posttrain.recipe.preference import Preference
+from posttrain.recipe.rl import Grpo
+from posttrain.recipe.scoring import RewardModel
+from posttrain.recipe.supervised import Sft
 from posttrain.records import Example, Ledger, Rollout, Score
 from posttrain.sampling.local import LocalSampler
 from posttrain.training.batch import Method, frozen_logprobs

@@ -11,7 +11,7 @@ from workload import Turn
 from posttrain.data.chat import Renderer
 from posttrain.machine import tune
 from posttrain.models.policy import load
-from posttrain.recipe.schema import Sampling
+from posttrain.recipe.blocks import Sampling
 from posttrain.records import Example
 from posttrain.sampling.local import LocalSampler
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from posttrain.models.policy import Policy, load
 from posttrain.models.reward import reward_model
-from posttrain.recipe.schema import Lora, Sampling
+from posttrain.recipe.blocks import Lora, Sampling
 from posttrain.records import Example, Ledger, Rollout
 from posttrain.rewards.outrank import said
 

@@ -17,7 +17,7 @@ from tiny_runs import RENDERER, asked, rows_of, run, same, stage_of
 from posttrain.cli import main
 from posttrain.cluster.rollouts import Pool, RolloutActor, cuts, pack, unpack
 from posttrain.models.policy import Policy, load
-from posttrain.recipe.schema import Lora, Sampling
+from posttrain.recipe.blocks import Lora, Sampling
 from posttrain.sampling.local import LocalSampler
 from posttrain.training.rollouts import sampled_at
 from posttrain.training.world import ALONE

@@ -35,7 +35,10 @@ from workers import together
 
 from posttrain.cluster.sharded import shard
 from posttrain.models.reward import reward_model
-from posttrain.recipe.schema import Lora, OnlinePreference, Preference, RejectionSampling, ScoringStage
+from posttrain.recipe.blocks import Lora
+from posttrain.recipe.preference import OnlinePreference, Preference
+from posttrain.recipe.rl import RejectionSampling
+from posttrain.recipe.scoring import ScoringStage
 from posttrain.training.batch import chosen, frozen_logprobs
 from posttrain.training.loop import train
 from posttrain.training.reward import ends

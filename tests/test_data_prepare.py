@@ -18,7 +18,7 @@ from posttrain.data.chat import Renderer
 from posttrain.data.prepare import Need, Prepared, prepare, prompt_key, prompted, schedule
 from posttrain.data.shapes import Malformed
 from posttrain.models.template import CHATML as BUILT_IN
-from posttrain.recipe.schema import Data
+from posttrain.recipe.blocks import Data
 from posttrain.records import Example, UserError
 
 TOKENIZER = make_tokenizer(CHATML)

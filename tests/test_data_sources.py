@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from posttrain.data import sources
 from posttrain.data.sources import read
-from posttrain.recipe.schema import Source
+from posttrain.recipe.blocks import Source
 from posttrain.records import UserError
 
 ROWS = [{"prompt": f"q{i} «ü\u2028»", "completion": f"a{i}"} for i in range(70)]

@@ -10,7 +10,7 @@ import pytest
 from posttrain.data import tasks
 from posttrain.data.prepare import prompt_key
 from posttrain.data.sources import read
-from posttrain.recipe.schema import Source
+from posttrain.recipe.blocks import Source
 from posttrain.records import UserError
 
 

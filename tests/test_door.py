@@ -15,7 +15,7 @@ from posttrain.data.chat import Renderer
 from posttrain.data.prepare import prompt_key
 from posttrain.forest import token_logprobs
 from posttrain.models import policy as models
-from posttrain.recipe.schema import Sampling
+from posttrain.recipe.blocks import Sampling
 from posttrain.sampling.local import LocalSampler
 
 TASK = "reasoning_gym/chain_sum"

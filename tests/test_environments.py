@@ -33,7 +33,7 @@ from posttrain.environments.verifiers import Verifiers
 from posttrain.forest import Row, pack, token_logprobs
 from posttrain.losses import policy_gradient, reduce_tokens
 from posttrain.models.template import with_template
-from posttrain.recipe.schema import Sampling
+from posttrain.recipe.blocks import Sampling
 from posttrain.records import Example, Failure, Ledger, Message, Rollout, Score, UserError
 from posttrain.rewards.sandbox import Limits
 from posttrain.rewards.verifier import verify

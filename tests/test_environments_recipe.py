@@ -23,7 +23,7 @@ from posttrain.environments import make
 from posttrain.environments.episodes import EpisodeSampler
 from posttrain.environments.protocol import Budget
 from posttrain.forest import hidden_states, pack
-from posttrain.recipe.schema import Sampling
+from posttrain.recipe.blocks import Sampling
 from posttrain.records import Example, Failure, Score
 from posttrain.training.batch import frozen_logprobs
 

@@ -8,7 +8,7 @@ from tiny import tiny_policy
 from torch import Tensor
 
 from posttrain.forest import Row, logprobs, pack, token_logprobs, token_statistics
-from posttrain.recipe.schema import Lora
+from posttrain.recipe.blocks import Lora
 
 ROWS = (
     Row((5, 6, 7, 8, 9, 10, 11, 12, 13, 14), (20, 21, 22), (True, True, True)),

@@ -18,7 +18,10 @@ import posttrain as pt
 from posttrain.data.chat import Renderer
 from posttrain.data.prepare import Prepared, prepare, schedule
 from posttrain.models import policy as models
-from posttrain.recipe.schema import Data, Grpo, Optim, PairSampling, Preference, Sampling, Sft, Source
+from posttrain.recipe.blocks import Data, Optim, Sampling, Source
+from posttrain.recipe.preference import PairSampling, Preference
+from posttrain.recipe.rl import Grpo
+from posttrain.recipe.supervised import Sft
 from posttrain.sampling.local import LocalSampler
 from posttrain.training.grpo import GrpoMethod
 from posttrain.training.loop import train

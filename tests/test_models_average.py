@@ -14,7 +14,7 @@ from tiny import tiny_policy
 from posttrain.models.average import average
 from posttrain.models.policy import load
 from posttrain.models.reward import load_reward_model
-from posttrain.recipe.schema import Lora
+from posttrain.recipe.blocks import Lora
 from posttrain.records import UserError
 
 

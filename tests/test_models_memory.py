@@ -9,7 +9,7 @@ from tiny import tiny_policy
 from posttrain.forest import Row, pack, token_logprobs
 from posttrain.models.memory import Meter, measure_forward, measure_pass, recomputing
 from posttrain.models.policy import Policy
-from posttrain.recipe.schema import Lora
+from posttrain.recipe.blocks import Lora
 
 ROWS = [
     Row(tuple(range(3, 20)), (7, 8, 9, 10), (True,) * 4),

@@ -13,7 +13,7 @@ from tiny import tiny_model, tiny_policy
 from posttrain.forest import token_logprobs
 from posttrain.models import place
 from posttrain.models.policy import load
-from posttrain.recipe.schema import Lora
+from posttrain.recipe.blocks import Lora
 from posttrain.records import UserError
 
 

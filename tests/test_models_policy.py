@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain.forest import Row, pack, token_logprobs
 from posttrain.models.policy import attach, load, merge, weights_digest
-from posttrain.recipe.schema import Lora
+from posttrain.recipe.blocks import Lora
 from posttrain.records import UserError
 
 LORA = Lora(r=4, alpha=8.0)

@@ -16,7 +16,7 @@ from posttrain.credit.batch import as_row
 from posttrain.forest import Row, pack
 from posttrain.models.policy import load
 from posttrain.models.reward import headed, load_reward_model, marked, read
-from posttrain.recipe.schema import Lora
+from posttrain.recipe.blocks import Lora
 from posttrain.records import UserError
 
 ADAPTERS = [None, Lora(r=4)]

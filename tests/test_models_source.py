@@ -26,7 +26,7 @@ from posttrain.models import gguf as gguf_module
 from posttrain.models import source as source_module
 from posttrain.models.policy import load
 from posttrain.models.source import Pinned, resolve
-from posttrain.recipe.schema import Lora
+from posttrain.recipe.blocks import Lora
 from posttrain.records import UserError
 
 FORK = multiprocessing.get_context("fork")

@@ -12,7 +12,7 @@ from tiny_runs import RENDERER, asked
 from posttrain.models.memory import stack_of
 from posttrain.models.policy import load
 from posttrain.models.student import every_second_layer, half_depth
-from posttrain.recipe.schema import Lora, Sampling
+from posttrain.recipe.blocks import Lora, Sampling
 from posttrain.records import UserError
 from posttrain.sampling.local import LocalSampler
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from posttrain.data.chat import Renderer
 from posttrain.models.policy import load
 from posttrain.models.template import CHATML, end_of_turn, with_template
-from posttrain.recipe.schema import Lora
+from posttrain.recipe.blocks import Lora
 from posttrain.records import Example, UserError
 
 OWN = (

@@ -14,7 +14,8 @@ from tiny_runs import SEED, answered, asked, labelled, paired, prepared, stage_o
 from posttrain.data.prepare import Prepared
 from posttrain.pipeline.memory import Terms, fit, stage_memory, told
 from posttrain.pipeline.plan import plan
-from posttrain.recipe.schema import Lora, Recipe
+from posttrain.recipe.blocks import Lora
+from posttrain.recipe.schema import Recipe
 from posttrain.records import UserError
 
 DATA = {"sft": answered, "dpo": paired, "dpo on-policy": asked, "bco_unpaired": labelled}

@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 from posttrain.data.chat import Renderer
 from posttrain.forest import Row, pack, token_logprobs, unrolled_logprobs
 from posttrain.models.policy import Policy, load
-from posttrain.recipe.schema import Lora, Sampling
+from posttrain.recipe.blocks import Lora, Sampling
 from posttrain.records import Example
 from posttrain.sampling.local import LocalSampler
 

@@ -8,8 +8,10 @@ import pytest
 from pydantic import ValidationError
 
 from posttrain.recipe import tree
+from posttrain.recipe.blocks import Optim
 from posttrain.recipe.explain import explain, json_schema, keys, lookup
-from posttrain.recipe.schema import Grpo, Optim, Recipe
+from posttrain.recipe.rl import Grpo
+from posttrain.recipe.schema import Recipe
 from posttrain.records import UserError
 
 

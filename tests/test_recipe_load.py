@@ -10,8 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from posttrain.recipe.blocks import Optim
 from posttrain.recipe.load import MAX_BYTES, load, parse, resolved
-from posttrain.recipe.schema import Gate, Grpo, Optim, Preference, Recipe, Sft
+from posttrain.recipe.preference import Preference
+from posttrain.recipe.rl import Grpo
+from posttrain.recipe.schema import Gate, Recipe
+from posttrain.recipe.supervised import Sft
 from posttrain.records import UserError
 
 GOOD = """\

@@ -9,7 +9,7 @@ import pytest
 
 from posttrain.recipe.load import parse
 from posttrain.recipe.objectives import OBJECTIVES, PARAMETERS, Divergence, Loss
-from posttrain.recipe.schema import Preference
+from posttrain.recipe.preference import Preference
 from posttrain.records import UserError
 
 LISTED = {"on_policy": {"prompts": 4}}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from posttrain.recipe.schema import READ, Grpo, Ppo
+from posttrain.recipe.rl import READ, Grpo, Ppo
 
 BASE: dict[str, Any] = {"id": "a", "steps": 4, "data": {"sources": [{"source": "x.jsonl"}]}}
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from rewarded import failures, outcome, question
 
+from posttrain.recipe.blocks import Source
 from posttrain.recipe.rewards import MathReward
-from posttrain.recipe.schema import Source
 from posttrain.rewards.maths import boxed, expression, math
 
 pytest.importorskip("math_verify", reason="math-verify is not installed (posttrain[tasks])")

@@ -22,8 +22,8 @@ from posttrain.data.chat import Renderer
 from posttrain.data.steps import step_ends
 from posttrain.models.policy import Policy
 from posttrain.models.reward import load_reward_model
+from posttrain.recipe.blocks import Lora, Sampling
 from posttrain.recipe.rewards import ImplicitReward, JudgeReward, ModelReward, ProcessReward
-from posttrain.recipe.schema import Lora, Sampling
 from posttrain.records import Rollout, Score, UserError
 from posttrain.rewards.implicit import implicit_scorer
 from posttrain.rewards.learned import check, learned

@@ -12,7 +12,7 @@ from tiny_runs import RENDERER
 
 from posttrain.data import tasks
 from posttrain.recipe.rewards import Reward, Rewarded
-from posttrain.recipe.schema import Grpo
+from posttrain.recipe.rl import Grpo
 from posttrain.records import Failure, UserError
 from posttrain.rewards import TABLE, build
 from posttrain.rewards.sources import RULES, lacking, proven

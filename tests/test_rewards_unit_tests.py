@@ -11,8 +11,8 @@ from rewarded import failures, outcome, question
 
 from posttrain.data.shapes import convert
 from posttrain.data.sources import read
+from posttrain.recipe.blocks import Source
 from posttrain.recipe.rewards import PythonReward
-from posttrain.recipe.schema import Source
 from posttrain.rewards.protocol import judged
 from posttrain.rewards.unit_tests import defines, python
 

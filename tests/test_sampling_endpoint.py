@@ -21,7 +21,8 @@ from tiny_runs import RENDERER, SEED, asked, grpo, stage_of
 
 from posttrain.forest import Row, pack, token_logprobs
 from posttrain.models.policy import Policy
-from posttrain.recipe.schema import Endpoint, Lora, Sampling
+from posttrain.recipe.blocks import Lora, Sampling
+from posttrain.recipe.rl import Endpoint
 from posttrain.records import Example, Failure, UserError, derive
 from posttrain.sampling import endpoint
 from posttrain.sampling.endpoint import EndpointSampler

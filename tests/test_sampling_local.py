@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from posttrain.forest import Row, pack, token_logprobs
 from posttrain.forest.attention import decoder
-from posttrain.recipe.schema import Lora, Sampling
+from posttrain.recipe.blocks import Lora, Sampling
 from posttrain.records import Example, UserError
 from posttrain.sampling.choose import choose, cut, draws
 from posttrain.sampling.local import LocalSampler

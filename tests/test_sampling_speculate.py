@@ -11,7 +11,7 @@ import torch
 from test_sampling_local import PROMPTS, Words, ask, sharp
 from tiny import ARCHS
 
-from posttrain.recipe.schema import Sampling
+from posttrain.recipe.blocks import Sampling
 from posttrain.sampling import local
 from posttrain.sampling.local import LocalSampler
 from posttrain.sampling.speculate import GRAMS, Lookup

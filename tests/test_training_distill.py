@@ -16,7 +16,8 @@ from torch import Tensor
 from posttrain.data.prepare import Prepared
 from posttrain.forest import hidden_states, pack, split, unrolled_hidden_states
 from posttrain.models.policy import Policy
-from posttrain.recipe.schema import Distill, Lora
+from posttrain.recipe.blocks import Lora
+from posttrain.recipe.supervised import Distill
 from posttrain.records import Example, UserError
 from posttrain.sampling.local import LocalSampler
 from posttrain.training import distill

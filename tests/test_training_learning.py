@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from toy import Ids, Table, ToyPolicy, ToySampler, learn, toy, toy_data, toy_scorer
 
-from posttrain.recipe.schema import Grpo, Ppo
+from posttrain.recipe.rl import Grpo, Ppo
 from posttrain.training.grpo import GrpoMethod
 from posttrain.training.ppo import PpoMethod
 

@@ -21,7 +21,7 @@ from tiny import tiny_policy
 from tiny_runs import STAGES, bad_loss, rows_of, run, same, sft, stage_of
 
 from posttrain.models.policy import Policy
-from posttrain.recipe.schema import Lora
+from posttrain.recipe.blocks import Lora
 from posttrain.records import Failure, UserError
 from posttrain.training import checkpoint
 from posttrain.training.batch import Batch, Method

@@ -38,7 +38,7 @@ from torch import Tensor
 from posttrain.data.prepare import Prepared
 from posttrain.forest import pack, split, token_logprobs
 from posttrain.models.policy import Policy
-from posttrain.recipe.schema import Lora, Sampling
+from posttrain.recipe.blocks import Lora, Sampling
 from posttrain.records import Example, Rollout, Score, UserError
 from posttrain.sampling.local import LocalSampler
 from posttrain.training.batch import Batch, Method

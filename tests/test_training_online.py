@@ -15,7 +15,7 @@ from tiny_runs import RENDERER, SEED, asked, lengths, online, prepared, rows_of,
 from torch import Tensor
 
 from posttrain.models.policy import Policy
-from posttrain.recipe.schema import Lora
+from posttrain.recipe.blocks import Lora
 from posttrain.records import Example, Failure, Ledger, Rollout, Score
 from posttrain.sampling.local import LocalSampler
 from posttrain.training.loop import train

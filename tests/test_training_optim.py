@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from tiny import tiny_policy
 
-from posttrain.recipe.schema import Lora, Optim
+from posttrain.recipe.blocks import Lora, Optim
 from posttrain.records import UserError
 from posttrain.training.optim import adamw, clip, learning_rate, load_state, state_tensors
 

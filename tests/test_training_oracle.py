@@ -10,7 +10,7 @@ from tiny import tiny_policy
 from tiny_runs import method_of, preference, sft, stage_of
 
 from posttrain.forest.attention import Tree
-from posttrain.recipe.schema import Lora
+from posttrain.recipe.blocks import Lora
 from posttrain.records import Failure
 from posttrain.training import oracle
 from posttrain.training.loop import train

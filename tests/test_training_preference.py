@@ -39,7 +39,7 @@ from posttrain.models.policy import Policy, outline
 from posttrain.monitors.checks import watch_stage
 from posttrain.pipeline.stages import need
 from posttrain.recipe.objectives import OBJECTIVES, Loss
-from posttrain.recipe.schema import Preference
+from posttrain.recipe.preference import Preference
 from posttrain.records import Example, Score, UserError
 from posttrain.sampling.local import LocalSampler
 from posttrain.training.loop import train

@@ -25,8 +25,9 @@ from posttrain.data.steps import solution, step_ends
 from posttrain.forest import pack, unrolled_hidden_states
 from posttrain.models.policy import Policy
 from posttrain.models.reward import marked, reward_model
+from posttrain.recipe.blocks import Data, Lora
 from posttrain.recipe.load import parse
-from posttrain.recipe.schema import Data, Lora, ProcessRewardModel
+from posttrain.recipe.scoring import ProcessRewardModel
 from posttrain.records import Example, Score, UserError
 from posttrain.sampling.local import LocalSampler
 from posttrain.training.batch import Batch

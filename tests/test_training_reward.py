@@ -24,8 +24,8 @@ from posttrain.forest import pack, unrolled_hidden_states
 from posttrain.losses import bradley_terry
 from posttrain.models.policy import Policy, load, outline
 from posttrain.models.reward import fitting, reward_model
+from posttrain.recipe.blocks import Data, Lora
 from posttrain.recipe.load import parse
-from posttrain.recipe.schema import Data, Lora
 from posttrain.records import Example, UserError
 from posttrain.training.reward import RewardMethod, answers, ends, hold_out, preferred, rewards
 

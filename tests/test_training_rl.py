@@ -29,7 +29,7 @@ from tiny_runs import RENDERER, SEED, asked, grpo, lengths, paired, ppo, prepare
 from torch import Tensor
 
 from posttrain.models.policy import Policy
-from posttrain.recipe.schema import Lora, Sampling
+from posttrain.recipe.blocks import Lora, Sampling
 from posttrain.records import Example, Failure, Rollout, Score
 from posttrain.sampling.local import LocalSampler
 from posttrain.training.grpo import GrpoMethod

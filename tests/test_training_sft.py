@@ -14,7 +14,8 @@ from torch import Tensor
 
 from posttrain.data.prepare import Prepared, prepare
 from posttrain.models.policy import Policy
-from posttrain.recipe.schema import ContinuedPretraining, Data, Sft
+from posttrain.recipe.blocks import Data
+from posttrain.recipe.supervised import ContinuedPretraining, Sft
 from posttrain.records import UserError
 from posttrain.training.loop import _gradient, train
 from posttrain.training.sft import SftMethod

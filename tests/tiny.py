@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from posttrain.machine import tune
 from posttrain.models.policy import Policy, attach
-from posttrain.recipe.schema import Lora
+from posttrain.recipe.blocks import Lora
 
 tune()  # as `load` would: runs that must agree to the bit, in whatever process, need the same matrix products
 

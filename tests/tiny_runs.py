@@ -16,21 +16,13 @@ from posttrain.data.prepare import Prepared
 from posttrain.data.steps import solution
 from posttrain.models.policy import Policy
 from posttrain.models.reward import reward_model
+from posttrain.recipe.blocks import Lora
 from posttrain.recipe.objectives import OBJECTIVES
-from posttrain.recipe.schema import (
-    Distill,
-    Grpo,
-    Lora,
-    OnlinePreference,
-    Ppo,
-    Preference,
-    ProcessRewardModel,
-    RejectionSampling,
-    RewardModel,
-    ScoringStage,
-    Sft,
-    StageBase,
-)
+from posttrain.recipe.preference import OnlinePreference, Preference
+from posttrain.recipe.rl import Grpo, Ppo, RejectionSampling
+from posttrain.recipe.scoring import ProcessRewardModel, RewardModel, ScoringStage
+from posttrain.recipe.stage import StageBase
+from posttrain.recipe.supervised import Distill, Sft
 from posttrain.records import Example, Ledger, Rollout, Score
 from posttrain.sampling.local import LocalSampler
 from posttrain.training.batch import Batch, Method

@@ -14,7 +14,7 @@ from posttrain.data.chat import Rendered
 from posttrain.data.prepare import Prepared
 from posttrain.forest import Forest, hidden_states, pack, token_logprobs
 from posttrain.models.policy import Policy
-from posttrain.recipe.schema import Sampling
+from posttrain.recipe.blocks import Sampling
 from posttrain.records import Example, Ledger, Rollout, Score
 from posttrain.rewards.protocol import Scorer
 from posttrain.training.loop import trained

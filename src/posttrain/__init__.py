@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from posttrain.forest import Forest as Forest
     from posttrain.forest import Row as Row
     from posttrain.forest import pack as pack
-    from posttrain.recipe.schema import Lora as Lora
+    from posttrain.recipe.blocks import Lora as Lora
     from posttrain.records import Example as Example
     from posttrain.records import Failure as Failure
     from posttrain.records import Rollout as Rollout
@@ -43,7 +43,7 @@ NAMES = {
     "Forest": "posttrain.forest",
     "Row": "posttrain.forest",
     "pack": "posttrain.forest",
-    "Lora": "posttrain.recipe.schema",
+    "Lora": "posttrain.recipe.blocks",
     "Example": "posttrain.records",
     "Failure": "posttrain.records",
     "Rollout": "posttrain.records",

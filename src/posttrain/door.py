@@ -26,7 +26,8 @@ from posttrain.data.shapes import Malformed
 from posttrain.forest import Forest, pack, token_logprobs
 from posttrain.losses import Counts
 from posttrain.models import policy as models
-from posttrain.recipe.schema import Block, Lora, Optim, Sampling
+from posttrain.recipe.base import Block
+from posttrain.recipe.blocks import Lora, Optim, Sampling
 from posttrain.records import Example, Failure, Rollout, Score, UserError, derive
 from posttrain.rewards.verifier import verify
 from posttrain.sampling.local import LocalSampler

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from posttrain.data.chat import Renderer
 from posttrain.models.policy import Policy
-from posttrain.recipe.schema import Sampling
+from posttrain.recipe.blocks import Sampling
 from posttrain.records import Example, Ledger, Rollout, UserError
 from posttrain.sampling.local import LocalSampler
 from posttrain.sampling.protocol import Answer

@@ -35,7 +35,9 @@ from posttrain.machine import peak_memory, tune
 from posttrain.models.disk import write_text
 from posttrain.models.policy import Policy
 from posttrain.pipeline.stages import Job, Say, Trainer, learn
-from posttrain.recipe.schema import Distill, OnlinePreference, Ppo, Preference, RejectionSampling, Rl
+from posttrain.recipe.preference import OnlinePreference, Preference
+from posttrain.recipe.rl import Ppo, RejectionSampling, Rl
+from posttrain.recipe.supervised import Distill
 from posttrain.records import Failure, Ledger, UserError
 from posttrain.training.world import Distributed
 

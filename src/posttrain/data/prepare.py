@@ -16,7 +16,7 @@ import numpy as np
 from posttrain.data.chat import Rendered, Renderer
 from posttrain.data.shapes import BadRow, Malformed
 from posttrain.data.sources import LISTED, Loaded, read
-from posttrain.recipe.schema import Data
+from posttrain.recipe.blocks import Data
 from posttrain.records import Example, UserError
 
 Need = Literal["text", "completion", "label", "pair"] | Callable[[Example, Renderer], tuple[Rendered, ...]]

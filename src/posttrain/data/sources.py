@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from posttrain.data import shapes, tasks
 from posttrain.data.shapes import BadRow, Detection, Malformed
-from posttrain.recipe.schema import Source
+from posttrain.recipe.blocks import Source
 from posttrain.records import Example, UserError
 
 MAX_LINE = 16 * 2**20

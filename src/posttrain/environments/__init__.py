@@ -9,7 +9,7 @@ from posttrain.environments.calculator import CALCULATOR
 from posttrain.environments.protocol import Environment
 from posttrain.environments.python import python
 from posttrain.environments.tools import Tool, ToolUse
-from posttrain.recipe.schema import ToolsEnvironment
+from posttrain.recipe.rl import ToolsEnvironment
 from posttrain.rewards.sandbox import Limits
 
 TOOLS: dict[str, Callable[[ToolsEnvironment], Tool]] = {

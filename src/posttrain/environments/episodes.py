@@ -11,7 +11,7 @@ from typing import Literal
 from posttrain.data.chat import TOOLS_LEFT_OUT, Renderer
 from posttrain.data.shapes import Malformed
 from posttrain.environments.protocol import Budget, Environment, Episode
-from posttrain.recipe.schema import Sampling
+from posttrain.recipe.blocks import Sampling
 from posttrain.records import Example, Failure, Ledger, Message, Rollout, Score, UserError, derive
 from posttrain.rewards.pool import SIZE
 from posttrain.rewards.protocol import finite

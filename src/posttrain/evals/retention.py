@@ -14,7 +14,8 @@ from posttrain.evals.stats import mean_interval
 from posttrain.forest import Row, pack, split
 from posttrain.forest.logprobs import head, hidden_states
 from posttrain.models.policy import Policy
-from posttrain.recipe.schema import Retention, Sampling
+from posttrain.recipe.blocks import Sampling
+from posttrain.recipe.schema import Retention
 from posttrain.records import Example, UserError
 from posttrain.sampling.protocol import Sampler
 

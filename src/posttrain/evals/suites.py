@@ -7,7 +7,8 @@ from typing import Any
 
 from posttrain.data.sources import read
 from posttrain.evals.stats import holm, paired, wilson
-from posttrain.recipe.schema import Evals, Sampling, Suite
+from posttrain.recipe.blocks import Sampling
+from posttrain.recipe.schema import Evals, Suite
 from posttrain.records import Example, Ledger, UserError
 from posttrain.rewards.protocol import Scorer
 from posttrain.sampling.protocol import Sampler

@@ -33,7 +33,7 @@ from posttrain.models.fused import fuse
 from posttrain.models.quiet import quiet
 from posttrain.models.source import is_hub_id, json_file, resolve
 from posttrain.models.template import end_of_turn, with_template
-from posttrain.recipe.schema import Lora
+from posttrain.recipe.blocks import Lora
 from posttrain.records import Artifact, UserError
 
 RECORD = "posttrain.json"

@@ -8,7 +8,8 @@ from typing import Any
 from posttrain.data.chat import Renderer
 from posttrain.evals import suites
 from posttrain.models.policy import load
-from posttrain.recipe.schema import Evals, Sampling, Source, Suite
+from posttrain.recipe.blocks import Sampling, Source
+from posttrain.recipe.schema import Evals, Suite
 from posttrain.records import Example
 from posttrain.rewards.verifier import verify
 from posttrain.sampling.local import LocalSampler

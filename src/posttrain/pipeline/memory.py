@@ -15,17 +15,12 @@ from posttrain.machine import own_memory
 from posttrain.models.fused import foldable
 from posttrain.models.memory import Pass, measure_forward, measure_pass
 from posttrain.models.policy import Policy, outline
-from posttrain.recipe.schema import (
-    Distill,
-    OnlinePreference,
-    Preference,
-    ProcessRewardModel,
-    RejectionSampling,
-    Rl,
-    Sampling,
-    ScoringStage,
-    Stage,
-)
+from posttrain.recipe.blocks import Sampling
+from posttrain.recipe.preference import OnlinePreference, Preference
+from posttrain.recipe.rl import RejectionSampling, Rl
+from posttrain.recipe.schema import Stage
+from posttrain.recipe.scoring import ProcessRewardModel, ScoringStage
+from posttrain.recipe.supervised import Distill
 from posttrain.records import UserError
 from posttrain.sampling import local
 from posttrain.sampling.choose import cut

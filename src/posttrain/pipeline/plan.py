@@ -13,18 +13,11 @@ from posttrain.models.cost import forward_flops_per_token, training_flops_per_to
 from posttrain.models.policy import Policy, outline
 from posttrain.pipeline.memory import Terms, Unpredicted, fit, told
 from posttrain.pipeline.stages import stage_data
-from posttrain.recipe.schema import (
-    Distill,
-    Grpo,
-    OnlinePreference,
-    Preference,
-    ProcessRewardModel,
-    Recipe,
-    RejectionSampling,
-    Rl,
-    ScoringStage,
-    Stage,
-)
+from posttrain.recipe.preference import OnlinePreference, Preference
+from posttrain.recipe.rl import Grpo, RejectionSampling, Rl
+from posttrain.recipe.schema import Recipe, Stage
+from posttrain.recipe.scoring import ProcessRewardModel, ScoringStage
+from posttrain.recipe.supervised import Distill
 from posttrain.training.preference import second_model
 from posttrain.training.reward import hold_out
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-from posttrain.recipe.schema import StageBase
+from posttrain.recipe.stage import StageBase
 
 QUIET = 15.0
 """Seconds between lines where there is no terminal."""

@@ -27,7 +27,9 @@ from posttrain.pipeline.progress import Progress
 from posttrain.pipeline.stages import Job, Say, Trainer, run_stage, stage_data, train_here
 from posttrain.recipe.load import load as load_recipe
 from posttrain.recipe.load import resolved
-from posttrain.recipe.schema import Recipe, ScoringStage, StageBase
+from posttrain.recipe.schema import Recipe
+from posttrain.recipe.scoring import ScoringStage
+from posttrain.recipe.stage import StageBase
 from posttrain.records import derive
 from posttrain.report.render import render
 from posttrain.rewards.verifier import verify

@@ -26,22 +26,13 @@ from posttrain.models.reward import fitting, reward_model
 from posttrain.pipeline.folder import digest, read_json, write_json
 from posttrain.pipeline.memory import fit
 from posttrain.recipe.objectives import OBJECTIVES
+from posttrain.recipe.preference import OnlinePreference, Preference
 from posttrain.recipe.rewards import Rewarded
-from posttrain.recipe.schema import (
-    ContinuedPretraining,
-    Distill,
-    Grpo,
-    OnlinePreference,
-    Preference,
-    ProcessRewardModel,
-    RejectionSampling,
-    RewardModel,
-    Rl,
-    ScoringStage,
-    Sft,
-    Stage,
-    StageBase,
-)
+from posttrain.recipe.rl import Grpo, RejectionSampling, Rl
+from posttrain.recipe.schema import Stage
+from posttrain.recipe.scoring import ProcessRewardModel, RewardModel, ScoringStage
+from posttrain.recipe.stage import StageBase
+from posttrain.recipe.supervised import ContinuedPretraining, Distill, Sft
 from posttrain.records import Example, Ledger, UserError, derive
 from posttrain.rewards import build
 from posttrain.rewards.learned import located

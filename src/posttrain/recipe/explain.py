@@ -8,7 +8,8 @@ from functools import cache
 from typing import Any
 
 from posttrain.recipe import tree
-from posttrain.recipe.schema import Block, Recipe
+from posttrain.recipe.base import Block
+from posttrain.recipe.schema import Recipe
 from posttrain.records import UserError
 
 

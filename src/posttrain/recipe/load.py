@@ -11,20 +11,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from posttrain.recipe import tree
+from posttrain.recipe.base import Block, Misfit
+from posttrain.recipe.blocks import Data, Source
 from posttrain.recipe.document import Document
+from posttrain.recipe.preference import Preference
 from posttrain.recipe.rewards import Reward, Rewarded
-from posttrain.recipe.schema import (
-    SCHEMA_VERSION,
-    Block,
-    Data,
-    Distill,
-    Evals,
-    Misfit,
-    Preference,
-    Recipe,
-    Source,
-    StageBase,
-)
+from posttrain.recipe.schema import SCHEMA_VERSION, Evals, Recipe
+from posttrain.recipe.stage import StageBase
+from posttrain.recipe.supervised import Distill
 from posttrain.records import UserError
 
 MAX_BYTES = 1_000_000

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from posttrain.recipe.schema import Block, Recipe
+from posttrain.recipe.base import Block
+from posttrain.recipe.schema import Recipe
 
 Path = tuple[str | int, ...]
 

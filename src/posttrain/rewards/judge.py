@@ -16,7 +16,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from posttrain.credit.batch import groups
-from posttrain.recipe.schema import Sampling
+from posttrain.recipe.blocks import Sampling
 from posttrain.records import Example, Ledger, Rollout, Score, UserError
 from posttrain.rewards.protocol import Scorer
 from posttrain.rewards.rows import graded

@@ -8,8 +8,8 @@ from posttrain.data.chat import Renderer
 from posttrain.models.policy import Policy, load
 from posttrain.models.reward import headed
 from posttrain.models.source import resolve
+from posttrain.recipe.blocks import Sampling
 from posttrain.recipe.rewards import STAGE, ImplicitReward, JudgeReward, ModelReward, ProcessReward, Reward
-from posttrain.recipe.schema import Sampling
 from posttrain.rewards.implicit import implicit_scorer
 from posttrain.rewards.judge import RUBRIC, Judge, PairJudge, tournament
 from posttrain.rewards.model import model_scorer

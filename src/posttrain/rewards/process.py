@@ -16,7 +16,7 @@ from posttrain.data.steps import SEPARATOR, split_steps, step_ends
 from posttrain.forest import Forest
 from posttrain.models.policy import Policy
 from posttrain.models.reward import load_reward_model, marked, read
-from posttrain.recipe.schema import Sampling
+from posttrain.recipe.blocks import Sampling
 from posttrain.records import Example, Ledger, Rollout, Score
 from posttrain.rewards.protocol import Scorer
 from posttrain.rewards.rows import TOKENS, Rows, by_rows, graded

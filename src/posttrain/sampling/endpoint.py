@@ -25,7 +25,8 @@ import torch
 
 from posttrain.forest import Row, pack, token_logprobs
 from posttrain.models.policy import Policy
-from posttrain.recipe.schema import Endpoint, Sampling
+from posttrain.recipe.blocks import Sampling
+from posttrain.recipe.rl import Endpoint
 from posttrain.records import Example, Failure, Ledger, Rollout, UserError, derive
 from posttrain.sampling.protocol import Renderer, completion_text, room
 

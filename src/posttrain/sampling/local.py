@@ -23,7 +23,7 @@ from posttrain.forest.tree import Row, pack, split
 from posttrain.models.cost import forward_flops_per_token
 from posttrain.models.fused import folded
 from posttrain.models.policy import Policy
-from posttrain.recipe.schema import Sampling
+from posttrain.recipe.blocks import Sampling
 from posttrain.records import Example, Ledger, Rollout
 from posttrain.sampling.choose import choose, draws
 from posttrain.sampling.grid import Cache, Decode, Prefill, survivors

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
-from posttrain.recipe.schema import Sampling
+from posttrain.recipe.blocks import Sampling
 from posttrain.records import Example, Ledger, Rollout, UserError
 
 Answer = Callable[[], tuple[list[Rollout], Ledger]]

@@ -16,7 +16,7 @@ from posttrain.forest import Forest, Row, pack, share, split, token_logprobs
 from posttrain.forest.logprobs import States
 from posttrain.losses import Counts
 from posttrain.models.policy import Policy
-from posttrain.recipe.schema import StageBase
+from posttrain.recipe.stage import StageBase
 from posttrain.records import Example, Ledger, derive
 from posttrain.training.world import ALONE, World
 

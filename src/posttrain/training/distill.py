@@ -22,7 +22,7 @@ from posttrain.losses import Counts, jsd, nll, reduce_tokens
 from posttrain.models.cost import forward_flops_per_token
 from posttrain.models.disk import write_text
 from posttrain.models.policy import Policy, load
-from posttrain.recipe.schema import Distill
+from posttrain.recipe.supervised import Distill
 from posttrain.records import Ledger, Rollout, derive
 from posttrain.sampling.protocol import Sampler
 from posttrain.training.batch import Batch, Metrics, asked, chosen, draws

@@ -17,7 +17,7 @@ from posttrain.forest import Forest
 from posttrain.losses import kl, policy_gradient, ratio, reduce_tokens
 from posttrain.losses.policy import Level, cispo, gmpo, sapo, vespo
 from posttrain.losses.reduce import Aggregate
-from posttrain.recipe.schema import Grpo
+from posttrain.recipe.rl import Grpo
 from posttrain.records import Ledger, Rollout, Score
 from posttrain.training.batch import Batch, Metrics
 from posttrain.training.rollouts import RolloutMethod, Scored

@@ -20,7 +20,7 @@ from posttrain.models.cost import training_flops_per_token
 from posttrain.models.disk import write_text
 from posttrain.models.memory import recomputing
 from posttrain.models.policy import Policy
-from posttrain.recipe.schema import StageBase
+from posttrain.recipe.stage import StageBase
 from posttrain.records import Failure, Ledger, UserError, derive
 from posttrain.training import checkpoint, oracle
 from posttrain.training.batch import Batch, Method, Metrics, Stateful, interval, passes

@@ -19,7 +19,7 @@ from posttrain.losses.online import nash_md, xpo
 from posttrain.losses.preference import ipo, logistic
 from posttrain.losses.reduce import reduce_pairs, reduce_tokens, segment_sum
 from posttrain.models.policy import Policy
-from posttrain.recipe.schema import OnlinePreference
+from posttrain.recipe.preference import OnlinePreference
 from posttrain.records import Example, Ledger, Rollout, derive
 from posttrain.rewards.protocol import Scorer, finite
 from posttrain.sampling.protocol import Sampler

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
-from posttrain.recipe.schema import Optim
+from posttrain.recipe.blocks import Optim
 from posttrain.records import UserError
 from posttrain.training.world import local
 

@@ -18,7 +18,7 @@ from posttrain.forest.attention import decoder
 from posttrain.forest.logprobs import States
 from posttrain.losses import policy_gradient, reduce_tokens
 from posttrain.losses.reward import value as value_loss
-from posttrain.recipe.schema import Ppo
+from posttrain.recipe.rl import Ppo
 from posttrain.records import Rollout, Score
 from posttrain.training.batch import Batch, Metrics, frozen
 from posttrain.training.rollouts import RolloutMethod

@@ -41,7 +41,8 @@ from posttrain.losses.unpaired import apo_zero_unpaired, bco_unpaired, kto, kto_
 from posttrain.models.disk import write_text
 from posttrain.models.policy import Policy, load
 from posttrain.recipe.objectives import OBJECTIVES, Loss
-from posttrain.recipe.schema import Distill, Preference
+from posttrain.recipe.preference import Preference
+from posttrain.recipe.supervised import Distill
 from posttrain.records import Ledger, UserError, derive
 from posttrain.rewards.protocol import Scorer
 from posttrain.sampling.protocol import Sampler

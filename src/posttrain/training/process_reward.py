@@ -19,7 +19,7 @@ from posttrain.forest.logprobs import States
 from posttrain.losses import Counts, process_reward, reduce_tokens
 from posttrain.models.disk import write_text
 from posttrain.models.reward import marked, read
-from posttrain.recipe.schema import ProcessRewardModel
+from posttrain.recipe.scoring import ProcessRewardModel
 from posttrain.records import Example, Ledger, UserError, derive
 from posttrain.rewards.process import label_steps
 from posttrain.rewards.protocol import Scorer

@@ -17,7 +17,7 @@ from posttrain.forest import Forest, Row
 from posttrain.losses import Counts, nll, reduce_tokens
 from posttrain.models.disk import write_text
 from posttrain.models.policy import Policy
-from posttrain.recipe.schema import HINT, RejectionSampling
+from posttrain.recipe.rl import HINT, RejectionSampling
 from posttrain.records import Example, Ledger, Rollout, UserError, derive
 from posttrain.rewards.protocol import Scorer, finite
 from posttrain.sampling.protocol import Sampler

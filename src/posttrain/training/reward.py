@@ -15,7 +15,7 @@ from posttrain.forest import Forest, Row, hidden_states
 from posttrain.forest.logprobs import States
 from posttrain.losses import Counts, bradley_terry, reduce_pairs
 from posttrain.models.reward import head, marked, read
-from posttrain.recipe.schema import RewardModel, ScoringStage
+from posttrain.recipe.scoring import RewardModel, ScoringStage
 from posttrain.records import UserError
 from posttrain.training.batch import Batch, draws, pair_sample
 

@@ -20,7 +20,7 @@ from posttrain.forest.logprobs import States, token_statistics
 from posttrain.losses import Counts, clipped_share, importance, kl, ratio
 from posttrain.losses.policy import Level, entropy_bonus
 from posttrain.models.policy import Policy
-from posttrain.recipe.schema import Grpo, Ppo
+from posttrain.recipe.rl import Grpo, Ppo
 from posttrain.records import Failure, Ledger, Rollout, Score, derive
 from posttrain.rewards.protocol import Scorer, finite
 from posttrain.sampling.protocol import Ahead, Answer, Sampler

@@ -9,7 +9,8 @@ from torch import Tensor
 from posttrain.data.prepare import Prepared
 from posttrain.forest import Forest
 from posttrain.losses import Counts, dft, nll, reduce_tokens
-from posttrain.recipe.schema import Sft, StageBase
+from posttrain.recipe.stage import StageBase
+from posttrain.recipe.supervised import Sft
 from posttrain.training.batch import Batch, LogProbs, chosen, draws
 
 

@@ -1,0 +1,56 @@
+"""The keys of every stage."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from posttrain.recipe.base import Block
+from posttrain.recipe.blocks import Data, Optim
+
+
+class StageBase(Block):
+    id: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="Name of the stage, and of its folder.")
+    from_: str | None = Field(
+        None, alias="from", description="Id of the stage whose model this one starts from; default: the one before."
+    )
+    data: Data = Field(description="What the stage learns from.")
+    steps: int = Field(ge=1, description="Optimiser steps.")
+    batch_size: int = Field(
+        8,
+        ge=1,
+        description="Examples (sft), pieces of text (continued_pretraining), pairs or what else the loss compares "
+        "(preference, reward_model), or prompts (grpo) in one step.",
+    )
+    tokens_per_forward: int = Field(
+        1024,
+        ge=16,
+        description="Token budget of one forward pass; changes memory and speed, never the result "
+        "(but for what an adapter's dropout drops).",
+    )
+    memory_gb: float | None = Field(
+        None, gt=0, description="Memory the stage may take, in GB; tokens_per_forward is lowered until it fits."
+    )
+    activation_checkpointing: bool = Field(
+        False, description="Keep no activations inside a layer but compute them again: less memory, a third more time."
+    )
+    check_first_step: bool = Field(
+        True, description="Compare the packed forward and backward pass with the plain one before the first step."
+    )
+    optim: Optim = Field(default_factory=lambda: Optim(), description="Optimiser and its schedule.")
+    checkpoint_every: int = Field(
+        10,
+        ge=1,
+        description="Most steps that a kill may cost; checkpoints begin a quarter sooner, to be on the disk by then.",
+    )
+    nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="On a NaN or infinite loss or gradient: stop the run, or skip the step and count it."
+    )
+
+    @field_validator("optim")
+    @classmethod
+    def _own_defaults(cls, optim: Optim) -> Optim:
+        """A partly written block keeps this kind's defaults, not those of `Optim`."""
+        own = cls.model_fields["optim"].get_default(call_default_factory=True)
+        return optim.model_copy(update={k: getattr(own, k) for k in own.model_fields_set - optim.model_fields_set})
