@@ -90,6 +90,17 @@ def prompted(
     return (Rendered(example, renderer.prompt_ids(example)),)
 
 
+def with_answers(data: Prepared, answers: Iterable[tuple[int, int, Sequence[int]]]) -> Prepared:
+    """`data` with these answers, each with its source, its row there and its token ids, which are all to be learned;
+    without the rows that have none."""
+    rows: list[list[Rendered]] = [[] for _ in data.rows]
+    for source, i, ids in answers:
+        row = data.rows[source][i]
+        rows[source].append(Rendered(row.example, row.prompt_ids, tuple(ids), (True,) * len(ids)))
+    some = [s for s, part in enumerate(rows) if part]  # a source without any leaves the mixture
+    return Prepared(tuple(tuple(rows[s]) for s in some), tuple(data.weights[s] for s in some), data.report)
+
+
 def schedule(sizes: Sequence[int], weights: Sequence[float], slots: int, seed: int) -> list[tuple[int, int]]:
     """Which (source, row) fills each slot of a mixture.
 

@@ -136,3 +136,81 @@ class OnlinePreference(Rewarded, StageBase):
         if problems:
             raise Misfit(*problems)
         return self
+
+
+class Judging(Sampling):
+    n: int = Field(3, ge=1, description="Judgements of each answer, whose grades are averaged.")
+    max_new_tokens: int = Field(256, ge=1, description="Longest judgement, in tokens.")
+    rubric: str | None = Field(
+        None, description="What earns an answer its points, 0 to 5; null: the five that add up in the paper."
+    )
+
+
+class SelfRewarding(StageBase):
+    """The model grades its own answers and learns by DPO to prefer what it finds better, in rounds (Self-Rewarding,
+    Yuan et al., 2401.10020); with `meta_judge` it learns to judge, too (Meta-Rewarding, Wu et al., 2407.19594)."""
+
+    kind: Literal["self_rewarding"] = Field(description="The method.")
+    optim: Optim = Field(
+        default_factory=lambda: Optim(lr=5e-5, schedule="constant"), description="Optimiser and its schedule."
+    )
+    sampling: Sampling = Field(default_factory=lambda: Sampling(), description="How answers are drawn.")
+    prompts: int = Field(ge=1, description="How many prompts to answer in each round.")
+    n: int = Field(4, ge=2, description="Answers to each, a best and a worst of which are a pair.")
+    rounds: int = Field(
+        1,
+        ge=1,
+        description="How often it answers and judges, with the weights of then, which are also the reference of what "
+        "is learned from that; rounds have equal shares of steps.",
+    )
+    judging: Judging = Field(default_factory=lambda: Judging(), description="How answers are graded.")
+    meta_judge: bool = Field(
+        False,
+        description="Compare judgements, too, and learn to prefer the better ones: of each prompt those on the answer "
+        "whose grades differ most.",
+    )
+    length_control: float = Field(
+        0.0,
+        ge=0,
+        lt=0.5,
+        description="Share of the range of grades within which answers are equally good: the shortest of the best is "
+        "preferred to the longest of the worst (Meta-Rewarding: up to 0.4).",
+    )
+    max_unscored: float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        description="Share of a round's answers of which no grade may be readable before the run stops.",
+    )
+    beta: float = Field(0.1, gt=0, description="Strength of the pull towards the round's first weights.")
+    nll_weight: float = Field(
+        0.0, ge=0, description="Weight of the preferred text's per-token NLL; guards its probability."
+    )
+
+    @property
+    def round_steps(self) -> int:
+        """Optimiser steps of a round."""
+        return self.steps // self.rounds
+
+    @property
+    def learning(self) -> Preference:
+        """What a round does with its pairs."""
+        shared = {name: getattr(self, name) for name in StageBase.model_fields}
+        own = {"kind": "preference", "steps": self.round_steps, "beta": self.beta, "nll_weight": self.nll_weight}
+        return Preference.model_validate(shared | own)
+
+    @model_validator(mode="after")
+    def _rounds_fit(self) -> SelfRewarding:
+        problems: list[tuple[tuple[str | int, ...], str]] = []
+        if self.sampling.temperature == 0:
+            problems.append((("sampling", "temperature"), GREEDY_GROUP))
+        if self.judging.temperature == 0 and self.judging.n > 1:
+            what = "must be 1 at temperature 0, where the judgements of an answer are all the same"
+            problems.append((("judging", "n"), what))
+        if self.meta_judge and self.judging.n == 1:
+            problems.append((("judging", "n"), "must be at least 2 where judgements are compared (meta_judge)"))
+        if self.steps % self.rounds:
+            problems.append((("rounds",), f"{self.steps} steps cannot be shared out evenly among {self.rounds} rounds"))
+        if problems:
+            raise Misfit(*problems)
+        return self

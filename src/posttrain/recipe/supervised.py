@@ -88,3 +88,27 @@ class Distill(StageBase):
         if problems:
             raise Misfit(*problems)
         return self
+
+
+class Constitutional(StageBase):
+    """The supervised half of Constitutional AI (Bai et al., 2212.08073): the model answers each prompt, says where its
+    answer offends against a principle, writes it anew, and learns the last version."""
+
+    kind: Literal["constitutional"] = Field(description="The method.")
+    constitution: str = Field(
+        description="Principles that an answer must keep to, one on each line; each revision goes by one, by seed."
+    )
+    rounds: int = Field(1, ge=1, description="How often an answer is criticised and revised before it is learned.")
+    sampling: Sampling = Field(
+        default_factory=lambda: Sampling(), description="How answers, critiques and revisions are drawn."
+    )
+
+    @property
+    def principles(self) -> tuple[str, ...]:
+        return tuple(line.strip() for line in self.constitution.splitlines() if line.strip())
+
+    @model_validator(mode="after")
+    def _has_principles(self) -> Constitutional:
+        if not self.principles:
+            raise Misfit((("constitution",), "holds no principle; write one on each line"))
+        return self

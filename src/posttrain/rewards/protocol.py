@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from posttrain.records import Example, Failure, Rollout, Score, UserError
+from posttrain.records import Example, Failure, Ledger, Rollout, Score, UserError
 
 Scorer = Callable[[Sequence[Rollout]], list[Score]]
 """Scores a whole batch, one Score for each rollout and in their order."""
@@ -89,13 +89,38 @@ def limited(score: Scorer, max_unscored: float) -> Scorer:
 
     def scored(rollouts: Sequence[Rollout]) -> list[Score]:
         scores = score(rollouts)
-        causes = Counter(found.why for found in scores if found.value is None)
-        if causes.total() > max_unscored * len(rollouts):
-            listed = "\n  ".join(f"{n} x {why}" for why, n in causes.most_common(3))
-            raise Failure(
-                f"{causes.total()} of {len(rollouts)} answers could not be scored, more than max_unscored "
-                f"({max_unscored:.0%}) allows; mend the reward, or raise max_unscored. Most often:\n  {listed}"
-            )
+        check_scored(scores, max_unscored)
         return scores
 
     return scored
+
+
+def check_scored(scores: Sequence[Score], max_unscored: float) -> None:
+    """Refuse a batch of which more than the share `max_unscored` has no score.
+
+    Raises:
+        Failure: so it is; names the most frequent causes.
+    """
+    causes = Counter(found.why for found in scores if found.value is None)
+    if causes.total() > max_unscored * len(scores):
+        listed = "\n  ".join(f"{n} x {why}" for why, n in causes.most_common(3))
+        raise Failure(
+            f"{causes.total()} of {len(scores)} answers could not be scored, more than max_unscored "
+            f"({max_unscored:.0%}) allows; mend the reward, or raise max_unscored. Most often:\n  {listed}"
+        )
+
+
+def charged(scores: Sequence[Score], cost: Ledger) -> list[Score]:
+    """`scores`, which cost that together."""
+    return [replace(found, cost=found.cost + cost) if i == 0 else found for i, found in enumerate(scores)]
+
+
+def spent(scores: Sequence[Score]) -> Ledger:
+    """What having them cost."""
+    return sum((found.cost for found in scores), Ledger())
+
+
+def as_reward(ledger: Ledger) -> Ledger:
+    """What a sampler cost that was asked for a reward: its tokens are not the policy's."""
+    tokens = ledger.prompt_tokens + ledger.generated_tokens
+    return Ledger(reward_tokens=tokens, flops=ledger.flops, seconds=ledger.seconds)

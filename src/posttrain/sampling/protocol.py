@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
+from posttrain.data.shapes import Malformed
 from posttrain.recipe.blocks import Sampling
-from posttrain.records import Example, Ledger, Rollout, UserError
+from posttrain.records import Example, Ledger, Rollout, UserError, derive
 
 Answer = Callable[[], tuple[list[Rollout], Ledger]]
 """Rollouts that may be on their way still: called once, waits for them."""
@@ -52,3 +54,27 @@ def room(example: Example, prompt: int, most: int, context: int) -> int:
 def completion_text(text: str, stops: Sequence[str]) -> str:
     """A completion as far as its first stop string."""
     return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+
+
+def attempted(
+    sampler: Sampler, prompts: Sequence[Example], n: int, sampling: Sampling, seed: int, first: int = 0
+) -> tuple[list[list[Rollout] | UserError], Ledger]:
+    """`n` completions of each prompt, or why one cannot be asked: for prompts that are made of what a model wrote, and
+    may be too long for its context.
+
+    Those that cannot are found by halves, each with a seed of its own. `first` is the number of the first prompt, where
+    these are a part of a larger call.
+    """
+    if not prompts:
+        return [], Ledger()
+    try:
+        rollouts, ledger = sampler(prompts, n, sampling, seed)
+    except (UserError, Malformed) as error:
+        if len(prompts) == 1:
+            return [UserError(str(error))], Ledger()
+        half = len(prompts) // 2
+        head = attempted(sampler, prompts[:half], n, sampling, derive(seed, "head"), first)
+        tail = attempted(sampler, prompts[half:], n, sampling, derive(seed, "tail"), first + half)
+        return head[0] + tail[0], head[1] + tail[1]
+    groups = [rollouts[p * n : (p + 1) * n] for p in range(len(prompts))]
+    return [[replace(rollout, group=first + p) for rollout in group] for p, group in enumerate(groups)], ledger

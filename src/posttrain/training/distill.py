@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from posttrain.credit.batch import as_row
 from posttrain.data.chat import Rendered
-from posttrain.data.prepare import Prepared
+from posttrain.data.prepare import Prepared, with_answers
 from posttrain.forest import Forest, hidden_states
 from posttrain.forest.logprobs import CHUNK, States, check_head, head
 from posttrain.losses import Counts, jsd, nll, reduce_tokens
@@ -148,7 +148,7 @@ def teach(stage: Distill, data: Prepared, sampler: Sampler, seed: int, path: Pat
     used = sorted(set(draws(stage, data.rows, data.weights, seed)))
     prompts = [data.rows[s][i].example for s, i in used]
     rollouts, ledger = sampler(prompts, 1, stage.sampling, derive(seed, stage.id, "teacher"))
-    lines = [json.dumps([*used[r.group], r.prompt_ids, r.ids]) for r in rollouts]
+    lines = [json.dumps([*used[r.group], r.ids]) for r in rollouts]
     write_text(path, "\n".join(lines) + "\n")
     tokens = sum(len(r.ids) for r in rollouts)
     cut = sum(r.finish == "length" for r in rollouts) / len(rollouts)
@@ -157,10 +157,5 @@ def teach(stage: Distill, data: Prepared, sampler: Sampler, seed: int, path: Pat
 
 def taught(path: Path, data: Prepared) -> Prepared:
     """`data` with the answers that `teach` wrote, without the rows that have none."""
-    rows: list[list[Rendered]] = [[] for _ in data.rows]
-    for line in path.read_text(encoding="utf-8").splitlines():
-        source, i, prompt_ids, ids = json.loads(line)
-        row = Rendered(data.rows[source][i].example, tuple(prompt_ids), tuple(ids), (True,) * len(ids))
-        rows[source].append(row)
-    some = [s for s, part in enumerate(rows) if part]  # a source whose turn never comes leaves the mixture
-    return Prepared(tuple(tuple(rows[s]) for s in some), tuple(data.weights[s] for s in some), data.report)
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return with_answers(data, [(source, i, ids) for source, i, ids in lines])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +21,9 @@ from posttrain.recipe.rl import HINT, RejectionSampling
 from posttrain.records import Example, Ledger, Rollout, UserError, derive
 from posttrain.rewards.protocol import Scorer, finite
 from posttrain.sampling.protocol import Sampler
-from posttrain.training.batch import Batch, LogProbs, asked
+from posttrain.training.batch import Batch, LogProbs, Metrics, asked
 from posttrain.training.rollouts import Scored, Slot, check_weights, measured
+from posttrain.training.rounds import sampled_once
 from posttrain.training.world import ALONE, World
 
 
@@ -89,20 +90,9 @@ class RejectionMethod(LogProbs):
         return reduce_tokens(nll(logps_T), forest.target_T, batch.counts), {}
 
     def _begin(self, number: int, first: bool) -> dict[str, Any]:
-        """Have the rows of a round: sampled at its first step, unless the weights of now have sampled them already."""
-        stage = self.stage
-        path, record = (self.folder / f"kept-{number}.{ending}" for ending in ("jsonl", "json"))
-        digest = self.policy.digest()
-        made = self.world.gather(json.loads(record.read_text()) if record.is_file() else None)[0]
-        if first and (made is None or made["weights"] != digest):
-            kept, metrics, ledger = self.sample(number, digest)
-            made = {"weights": digest, "metrics": metrics, "ledger": dataclasses.asdict(ledger)}
-            if self.world.rank == 0:
-                write_kept(path, kept)
-                write_text(record, json.dumps(made))
-            self.world.gather(None)  # nobody reads before it is written
-        elif made is None:
-            raise UserError(f"{record}: is missing, and the checkpoint was learned from it; choose another --out")
+        """Have the rows of a round; `first` says that it begins."""
+        stage, path = self.stage, self.folder / f"kept-{number}.jsonl"
+        made = sampled_once(path, first, self.policy, self.world, partial(self.sample, number), write_kept)
         found = read_kept(path, len(self.data.rows))
         some = [s for s, part in enumerate(found) if part]  # a source that gave nothing leaves the mixture
         self.round, self.kept = number, [found[s] for s in some]
@@ -111,7 +101,7 @@ class RejectionMethod(LogProbs):
         self.order = schedule(sizes, weights, slots, derive(self.seed, stage.id, "order", number))
         return made
 
-    def sample(self, number: int, digest: str) -> tuple[list[Kept], dict[str, Any], Ledger]:
+    def sample(self, number: int, digest: str) -> tuple[list[Kept], Metrics, Ledger]:
         """What the policy of now, whose digest is given, answers rightly to the round's prompts.
 
         Raises:
@@ -147,8 +137,7 @@ class RejectionMethod(LogProbs):
             )
             for slot, (rollout, s) in found
         ]
-        # JSON has no NaN: what could not be measured is left out.
-        return kept, {k: v for k, v in metrics.items() if not (isinstance(v, float) and math.isnan(v))}, ledger
+        return kept, metrics, ledger
 
     def _ask(
         self, slots: Sequence[Slot], prompts: Sequence[Example], digest: str, *names: str | int
