@@ -184,3 +184,12 @@ def test_the_table_says_what_each_is_and_where_it_comes_from():
 
 def test_the_recipe_speaks_of_the_same_losses():
     assert {name: TABLE[name].paper for name in OBJECTIVES} == {name: o.paper for name, o in OBJECTIVES.items()}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_stage_s_defaults_are_the_table_s(name):
+    """What a stage reads and the listed function takes has one value, the paper's."""
+    reads = OBJECTIVES[name].reads
+    takes = inspect.signature(TABLE[name].function).parameters
+    shared = reads.keys() & takes.keys()
+    assert {key: takes[key].default for key in shared} == {key: reads[key] for key in shared}

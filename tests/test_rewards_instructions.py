@@ -103,6 +103,11 @@ def test_what_cannot_be_checked_is_told() -> None:
     assert "`at least` or `less than`" in PLAIN.lacks(around)
     nothing = asking(("length_constraints:number_words", {"num_words": 0, "relation": "at least"}))
     assert "is wrong on its own example" in PLAIN.lacks(nothing)
+    letters = asking(("keywords:existence", {"keywords": "sea"}))
+    assert "keywords must be a list, not 'sea'" in PLAIN.lacks(letters)
+    assert "does not take the settings" in PLAIN.lacks(asking(("keywords:forbidden_words", {"forbidden_words": []})))
+    endless = asking(("length_constraints:number_words", {"num_words": 10**10, "relation": "at least"}))
+    assert "no answer has num_words 1e+10; 10000 is the most" in PLAIN.lacks(endless)
     with pytest.raises(UserError, match="reward 'instructions': no check 'words'"):
         instructions(InstructionsReward(kind="instructions", checks={"words": {}}))
 

@@ -99,11 +99,35 @@ def test_the_proof() -> None:
         ({"type": "text"}, "schema.type: no type 'text'"),
         ({"properties": {"a": {"items": {"format": "date"}}}}, "schema.properties.a.items: no keyword 'format'"),
         ({"anyOf": ["x"]}, r"schema.anyOf\[0\]: a schema is a block"),
+        ({"type": 5}, "schema.type: no type 5"),
+        ({"type": [["string"]]}, r"schema.type: no type \['string'\]"),
+        ({"properties": ["name"]}, r'schema.properties: must be of type object, not \["name"\]'),
+        ({"required": "name"}, 'schema.required: must be of type array, not "name"'),
+        ({"enum": 5}, "schema.enum: must be of type array, not 5"),
+        ({"anyOf": {"type": "string"}}, "schema.anyOf: must be of type array"),
+        ({"minimum": "3"}, 'schema.minimum: must be of type number, not "3"'),
+        ({"minItems": 1.5}, "schema.minItems: must be of type integer, not 1.5"),
+        ({"properties": {"a": {"pattern": "("}}}, r"schema.properties.a.pattern: '\(' is no pattern: missing \)"),
+        ({"pattern": "a{99999999999}"}, "is no pattern: the repetition number is too large"),
     ],
 )
 def test_what_cannot_be_checked_is_refused(schema: Any, what: str) -> None:
     with pytest.raises(UserError, match=what):
         json_schema(reward(schema=schema))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_a_number_without_end_is_no_integer(value: Any) -> None:
+    """The arguments of a tool are read by Python's json, for which 1e999 and NaN are numbers."""
+    assert list(problems(value, {"type": "integer", "enum": [1]})) == [
+        "$: must be integer",
+        "$: none of the values of enum",
+    ]
+
+
+def test_an_answer_nested_too_deep_to_be_compared_is_wrong_not_unscored() -> None:
+    deep = json_schema(reward(schema={"enum": [[1]]}, example=[1]))
+    assert outcome(deep, "[" * 900 + "]" * 900)[0] == 0.0
 
 
 def test_equal_values_are_equal_whatever_their_order() -> None:

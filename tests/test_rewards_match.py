@@ -59,3 +59,5 @@ def test_patterns_prove_themselves_on_their_example() -> None:
 def test_a_broken_pattern_is_told() -> None:
     with pytest.raises(UserError, match=r"reward 'regex': pattern '\(': missing \)"):
         regex(dates(pattern="("))
+    with pytest.raises(UserError, match="the repetition number is too large"):
+        regex(dates(pattern="a{99999999999}"))

@@ -226,7 +226,7 @@ def test_a_recipes_blocks_become_scorers(tmp_path: Path) -> None:
     assert values(learned(ModelReward(kind="model", source=reward), RENDERER)(rollouts)) == by_hand
     chances = learned(ProcessReward(kind="process", source=reward, aggregate="mean"), RENDERER)(rollouts)
     assert all(0 < value < 1 for value in values(chances))
-    implied = learned(ImplicitReward(kind="implicit", source=base, reference=base), RENDERER)(rollouts)
+    implied = learned(ImplicitReward(kind="implicit", source=base, reference=f"{base}/."), RENDERER)(rollouts)
     assert values(implied) == [0.0] * len(rollouts)
     tiny_policy(max_position_embeddings=4096).save(tmp_path / "judge")
     for compare in (False, True):
@@ -290,7 +290,7 @@ def test_a_reward_model_that_is_proven_trains_a_policy_and_one_that_is_not_does_
     for source, why in {
         "flat": "reward 'model' can be fooled, so no model may train on it",
         "base": "is a language model, which has no head that scores",
-        "stage:rl": "'rl' is no earlier stage that makes a reward model (there are: none)",
+        "stage:rl": "'rl' is no earlier stage of kind reward_model (there are: none)",
     }.items():
         assert ran(tmp_path, f"not-{source[:4]}", rl=(uses(source), rows)) == 2
         assert why in capsys.readouterr().err

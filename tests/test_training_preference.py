@@ -167,7 +167,7 @@ def whole(loss: str, items: Sequence[Judged], of: list[list[Side]], z: Tensor) -
     if OBJECTIVES[loss].of == "lists":
         rewards_PK = torch.tensor([item.rewards for item in items], dtype=torch.float64)
         if loss == "lipo":
-            return listwise.lipo(torch.stack([torch.stack([0.1 * r(a) for a in k]) for k in of]), rewards_PK).mean()
+            return listwise.lipo(torch.stack([torch.stack([0.05 * r(a) for a in k]) for k in of]), rewards_PK).mean()
         means_PK = torch.stack([torch.stack([a.L / a.n for a in k]) for k in of])
         return {"rrhf": listwise.rrhf, "pro": listwise.pro}[loss](means_PK, rewards_PK).mean()
     signs = [1 if item.rewards[0] else -1 for item in items]
@@ -430,6 +430,17 @@ def test_lists_hold_every_answer_the_best_first_and_can_be_kept(tmp_path):
     write_judged(tmp_path / "judged.jsonl", judged)
     again = read_judged(tmp_path / "judged.jsonl", 1)
     assert [str(item) for item in again[0]] == [str(item) for item in judged[0]]  # NaN is not itself
+
+
+def test_rewards_that_lipo_cannot_weigh_pairs_by_are_refused():
+    """2 to the number of a reward model is no gain."""
+    policy, stage = tiny_policy(), stage_of("lipo")
+
+    def wide(example: Example, text: str) -> Score:
+        return Score(30.0 * lengths(example, text).value, "correct")
+
+    with pytest.raises(UserError, match="stage 'toy': loss lipo .* must lie between 0 and 1, and one is"):
+        judged_on_policy(stage, prepared(asked()), LocalSampler(policy, RENDERER), scorer(wide), SEED)
 
 
 @pytest.mark.parametrize("loss", ["kto", "dpo"])

@@ -105,7 +105,8 @@ __all__ = [
 
 class Entry(NamedTuple):
     function: Callable[..., Tensor]
-    """What computes the loss, or the score or weight that makes the method, with the settings of its paper."""
+    """What computes the loss, or the score or weight that makes the method, with the settings of its paper; the
+    function itself has those that its kind has in common (a `beta` of 0.1 for all pairs, as in TRL)."""
     summary: str
     """For preferences: what the two sides score. For policies: how the tokens are reduced, where it is the method."""
     paper: str
@@ -120,19 +121,31 @@ TABLE: dict[str, Entry] = {
     "cdpo": Entry(
         partial(logistic, label_smoothing=0.1), "DPO that takes a share of labels for flipped", "Mitchell 2023"
     ),
-    "robust": Entry(robust, "DPO, unbiased under a share of flipped labels", "Chowdhury et al., 2403.00409"),
-    "hinge": Entry(hinge, "Hinge on summed log-ratios", "Zhao et al., 2305.10425; Liu et al., 2309.06657"),
+    "robust": Entry(
+        partial(robust, beta=0.01), "DPO, unbiased under a share of flipped labels", "Chowdhury et al., 2403.00409"
+    ),
+    "hinge": Entry(
+        partial(hinge, beta=0.05), "Hinge on summed log-ratios", "Zhao et al., 2305.10425; Liu et al., 2309.06657"
+    ),
     "ipo": Entry(ipo, "A margin to reach, on means of log-ratios", "Azar et al., 2310.12036"),
     "exo": Entry(exo, "Reverse KL to the labels, on summed log-ratios", "Ji et al., 2402.00856"),
-    "nca": Entry(nca, "Noise contrast of each side with the reference", "Chen et al., 2402.05369"),
-    "bco": Entry(bco, "Each side classified on its own", "Jung et al., 2404.04656"),
-    "sppo": Entry(sppo, "Self-play with hard labels: each side to its target", "Wu et al., 2405.00675"),
+    "nca": Entry(
+        partial(nca, beta=0.01), "Noise contrast of each side with the reference", "Chen et al., 2402.05369"
+    ),
+    "bco": Entry(partial(bco, beta=0.01), "Each side classified on its own", "Jung et al., 2404.04656"),
+    "sppo": Entry(
+        partial(sppo, beta=1e-3), "Self-play with hard labels: each side to its target", "Wu et al., 2405.00675"
+    ),
     "aot": Entry(aot, "Optimal transport: chosen dominate rejected log-ratios, sorted", "Melnyk et al., 2406.05882"),
     "aot_paired": Entry(aot, "The same on margins, of the policy and of the reference", "Melnyk et al., 2406.05882"),
     "apo_zero": Entry(apo_zero, "Anchored: chosen up, rejected down", "D'Oosterlinck et al., 2408.06266"),
     "apo_down": Entry(apo_down, "Anchored: both down, rejected more", "D'Oosterlinck et al., 2408.06266"),
-    "discopop": Entry(discopop, "Logistic and exponential, mixed by the margin", "Lu et al., 2406.08414"),
-    "dpo_norm": Entry(logistic, "Logistic loss on means of log-ratios", "Lambert et al., 2411.15124"),
+    "discopop": Entry(
+        partial(discopop, beta=0.05), "Logistic and exponential, mixed by the margin", "Lu et al., 2406.08414"
+    ),
+    "dpo_norm": Entry(
+        partial(logistic, beta=5.0), "Logistic loss on means of log-ratios", "Lambert et al., 2411.15124"
+    ),
     "ld_dpo": Entry(
         partial(desensitised, alpha=0.5), "Scores of DPO with less weight on surplus length", "Liu et al., 2409.06411"
     ),
@@ -159,7 +172,9 @@ TABLE: dict[str, Entry] = {
     "apo_zero_unpaired": Entry(
         apo_zero_unpaired, "Anchored, without pairs: good up, bad down", "D'Oosterlinck et al., 2408.06266"
     ),
-    "bco_unpaired": Entry(bco_unpaired, "Classifier of good and bad, with a running shift", "Jung et al., 2404.04656"),
+    "bco_unpaired": Entry(
+        partial(bco_unpaired, beta=0.01), "Classifier of good and bad, with a running shift", "Jung et al., 2404.04656"
+    ),
     # Ranked lists
     "rrhf": Entry(rrhf, "Hinge between all pairs of a list, on mean log-probs", "Yuan et al., 2304.05302"),
     "pro": Entry(pro, "Plackett-Luce likelihood of a ranking, on mean log-probs", "Song et al., 2306.17492"),

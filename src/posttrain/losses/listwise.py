@@ -41,7 +41,8 @@ def pro(scores_PK: Tensor, rewards_PK: Tensor, *, temperature: float = 1.0) -> T
 def lipo(scores_PK: Tensor, rewards_PK: Tensor) -> Tensor:
     """`loss_P` of LiPO-lambda (Liu et al., 2402.01878): the sum over i better than j of
     |2^r_i - 2^r_j| |1 / log(1 + rank_i) - 1 / log(1 + rank_j)| log(1 + e^-(s_i - s_j)), with the ranks that the scores
-    give (1 the highest), constant. `rewards_PK` are taken as gains r in [0, 1].
+    give (1 the highest), constant. `rewards_PK` are the paper's labels r in [0, 1], where they are shares of wins over
+    the others of the list.
 
     Equal scores rank in their order, so that a policy that is still its own reference, where all are 0, can learn.
     """

@@ -92,6 +92,12 @@ class Sampling(Block):
         "is the same. Faster for few completions at a time that repeat their prompt, slower for many; 0: off.",
     )
 
+    @model_validator(mode="after")
+    def _stops_say_something(self) -> Sampling:
+        if "" in self.stop:
+            raise Misfit((("stop",), "holds an empty text, at which every completion would end before it begins"))
+        return self
+
 
 class Reference(Block):
     """Another model that the policy is compared with; its tokenizer has the policy's vocabulary."""

@@ -44,6 +44,9 @@ _PAIR: Values = {"nll_weight": 0.0, "weighting": False}
 _SUMS: Values = {**_PAIR, "length_alpha": 1.0}
 _RATIOS: Values = {"divergence": "reverse_kl", "alpha": 0.5}
 
+# Where the less usual ones are from: hinge, RSO (gamma); dpo_norm, the command that trained Tulu 3 (open-instruct,
+# docs/tulu3.md); sppo, 1 / eta with eta = 1000, as in the authors' scripts/pipeline.sh; simpo, what the authors' README
+# begins with (gamma / beta = 0.5) and took for Llama 3; alphapo, Table 3 (Mistral); lipo, section 5.
 OBJECTIVES: dict[Loss, Objective] = {
     "dpo": Objective(
         "Direct preference optimisation; cDPO with label_smoothing", "Rafailov et al., 2305.18290", "pairs", "sum",
@@ -129,7 +132,7 @@ OBJECTIVES: dict[Loss, Objective] = {
     ),
     "lipo": Objective(
         "Pairs of a list, weighed by what their exchange would cost", "Liu et al., 2402.01878", "lists", "sum", True,
-        {"beta": 0.1, "nll_weight": 0.0},
+        {"beta": 0.05, "nll_weight": 0.0},
     ),
     "kto": Objective(
         "Kahneman-Tversky: gains and losses against a reference point", "Ethayarajh et al., 2402.01306", "answers",

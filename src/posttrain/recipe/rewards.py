@@ -68,6 +68,12 @@ class FormatReward(RewardBase):
     kind: Literal["format"] = Field(description="The reward.")
     tags: tuple[str, ...] = Field(("think", "answer"), min_length=1, description="Names of the tags.")
 
+    @model_validator(mode="after")
+    def _tags_differ(self) -> FormatReward:
+        if len(set(self.tags)) < len(self.tags):
+            raise Misfit((("tags",), "names one tag twice, and an answer has each but once"))
+        return self
+
 
 class LengthReward(RewardBase):
     """Soft punishment of overlong answers (DAPO, 2503.14476): 0, falling to -1 over the last `buffer` tokens."""
@@ -159,6 +165,13 @@ class ImplicitReward(RewardBase):
     reference: str = Field(description="What it was trained from, in the same forms.")
     beta: float = Field(0.1, gt=0, description="What the log-ratio is multiplied by.")
 
+    @model_validator(mode="after")
+    def _models_differ(self) -> ImplicitReward:
+        if self.reference == self.source:
+            what = "is the model itself, so every answer would earn 0; name what the model was trained from"
+            raise Misfit((("reference",), what))
+        return self
+
 
 class MajorityReward(RewardBase):
     """Whether an answer is the one that most answers to its prompt give; no reference answer is needed (TTRL,
@@ -226,6 +239,9 @@ class Rewarded(Block):
             if reward.name in seen:
                 problems.append((("rewards", i, "id"), f"{reward.name!r} is taken; give each reward its own"))
             seen.add(reward.name)
+            if _compares(reward) and getattr(self, "n", 2) == 1:
+                what = f"{reward.name!r} compares the answers to a prompt with each other, and n is 1: take 2 or more"
+                problems.append((("rewards", i), what))
             for member in reward.of if isinstance(reward, EnsembleReward) else ():
                 if member not in singles:
                     there = ", ".join(singles) or "none"
@@ -236,3 +252,8 @@ class Rewarded(Block):
         if problems:
             raise Misfit(*problems)
         return self
+
+
+def _compares(reward: Reward) -> bool:
+    """Whether it says nothing of an answer alone."""
+    return isinstance(reward, MajorityReward) or (isinstance(reward, JudgeReward) and reward.compare)

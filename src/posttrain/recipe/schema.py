@@ -6,7 +6,7 @@ into a JSON Schema for editors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from posttrain.recipe.base import Block, Misfit
 from posttrain.recipe.blocks import Model, Source
 from posttrain.recipe.preference import OnlinePreference, Preference
-from posttrain.recipe.rewards import STAGE, ModelReward, ProcessReward, Reward, Rewarded
+from posttrain.recipe.rewards import STAGE, Reward, Rewarded
 from posttrain.recipe.rl import Grpo, Ppo, RejectionSampling
 from posttrain.recipe.scoring import ProcessRewardModel, RewardModel, ScoringStage
 from posttrain.recipe.stage import StageBase
@@ -44,6 +44,24 @@ def _rewards(stage: StageBase) -> Iterator[tuple[tuple[str | int, ...], Reward]]
         block = getattr(stage, path[0], None) if path else stage
         if isinstance(block, Rewarded):
             yield from (((*path, "rewards", i), reward) for i, reward in enumerate(block.rewards))
+
+
+SCORED_BY = {"model": "reward_model", "process": "process_reward_model"}
+"""The kind of stage that makes the model of a reward."""
+
+
+def _no_stage(reward: Reward, earlier: Sequence[Stage]) -> str:
+    """Why the stage that `reward` names cannot score for it; empty where it can, or none is named."""
+    source = getattr(reward, "source", "")
+    if not source.startswith(STAGE):
+        return ""
+    name, kind = source.removeprefix(STAGE), SCORED_BY.get(reward.kind)
+    if kind is None:
+        return f"only the rewards {' and '.join(SCORED_BY)} take {STAGE}ID; name the artifact of a run that is finished"
+    there = [stage.id for stage in earlier if stage.kind == kind]
+    if name in there:
+        return ""
+    return f"{name!r} is no earlier stage of kind {kind} (there are: {', '.join(there) or 'none'})"
 
 
 class Suite(Block):
@@ -118,12 +136,8 @@ class Recipe(Block):
                 what = f"{start!r} is a reward model, which writes no text; start from another one (there are: {there})"
                 problems.append((("stages", i, "from"), what))
             for path, reward in _rewards(stage):
-                if isinstance(reward, ModelReward | ProcessReward) and reward.source.startswith(STAGE):
-                    scorers = [name for name in stages if name not in writers]
-                    if (name := reward.source.removeprefix(STAGE)) not in scorers:
-                        there = ", ".join(scorers) or "none"
-                        what = f"{name!r} is no earlier stage that makes a reward model (there are: {there})"
-                        problems.append((("stages", i, *path, "source"), what))
+                if what := _no_stage(reward, self.stages[:i]):
+                    problems.append((("stages", i, *path, "source"), what))
             stages.append(stage.id)
             if not isinstance(stage, ScoringStage):
                 writers.append(stage.id)

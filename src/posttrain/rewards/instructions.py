@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from posttrain.recipe.rewards import InstructionsReward
 from posttrain.records import Example, Score, UserError
 from posttrain.rewards.protocol import Cases, Rule
-from posttrain.rewards.text import unfenced
+from posttrain.rewards.text import MAX_ANSWER, unfenced
 
 Settings = Mapping[str, Any]
 
@@ -69,11 +69,16 @@ def unproven(name: str, settings: Settings) -> str:
     """Why a check cannot be relied on: it is not known, does not take its settings, or is wrong on its own examples."""
     if name not in CHECKS:
         return f"no check {name!r} (known: {', '.join(CHECKS)})"
+    for key, value in settings.items():
+        if key in LISTS and not isinstance(value, list | tuple):  # text would be taken for its letters
+            return f"check {name}: {key} must be a list, not {value!r}"
+        if isinstance(value, int | float) and value > MAX_ANSWER:
+            return f"check {name}: no answer has {key} {value:g}; {MAX_ANSWER} is the most"
     check = CHECKS[name]
     try:
         good, bad = check.good(**settings), check.bad(**settings)
         kept, broken = check.holds(good, **settings), not check.holds(bad, **settings)
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, IndexError) as error:
         return f"check {name} does not take the settings {dict(settings)}: {error}"
     if kept and broken:
         return ""
@@ -160,6 +165,7 @@ def quoted(text: str) -> bool:
     return len(text) > 2 and text[0] == text[-1] == '"'
 
 
+LISTS = ("keywords", "forbidden_words")
 CONSTRAINED = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 
 

@@ -12,7 +12,7 @@ from posttrain.recipe.rewards import JsonSchemaReward
 from posttrain.records import Example, Score, UserError
 from posttrain.rewards.protocol import Cases, Rule
 from posttrain.rewards.prove import nonsense
-from posttrain.rewards.text import MAX_ANSWER, extract, unfenced
+from posttrain.rewards.text import MAX_ANSWER, broken, extract, unfenced
 
 TYPES: dict[str, Callable[[Any], bool]] = {
     "object": lambda v: isinstance(v, dict),
@@ -21,22 +21,25 @@ TYPES: dict[str, Callable[[Any], bool]] = {
     "boolean": lambda v: isinstance(v, bool),
     "null": lambda v: v is None,
     "number": lambda v: isinstance(v, int | float) and not isinstance(v, bool),
-    "integer": lambda v: TYPES["number"](v) and v == int(v),
+    "integer": lambda v: TYPES["number"](v) and v % 1 == 0,  # infinity is none
 }
-LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
-    "minimum": ("number", lambda v, limit: v >= limit),
-    "maximum": ("number", lambda v, limit: v <= limit),
-    "exclusiveMinimum": ("number", lambda v, limit: v > limit),
-    "exclusiveMaximum": ("number", lambda v, limit: v < limit),
-    "minLength": ("string", lambda v, limit: len(v) >= limit),
-    "maxLength": ("string", lambda v, limit: len(v) <= limit),
-    "pattern": ("string", lambda v, pattern: re.search(pattern, v) is not None),
-    "minItems": ("array", lambda v, limit: len(v) >= limit),
-    "maxItems": ("array", lambda v, limit: len(v) <= limit),
-    "uniqueItems": ("array", lambda v, unique: not unique or len({_frozen(x) for x in v}) == len(v)),
-    "required": ("object", lambda v, names: all(name in v for name in names)),
+LIMITS: dict[str, tuple[str, str, Callable[[Any, Any], bool]]] = {
+    "minimum": ("number", "number", lambda v, limit: v >= limit),
+    "maximum": ("number", "number", lambda v, limit: v <= limit),
+    "exclusiveMinimum": ("number", "number", lambda v, limit: v > limit),
+    "exclusiveMaximum": ("number", "number", lambda v, limit: v < limit),
+    "minLength": ("string", "integer", lambda v, limit: len(v) >= limit),
+    "maxLength": ("string", "integer", lambda v, limit: len(v) <= limit),
+    "pattern": ("string", "string", lambda v, pattern: re.search(pattern, v) is not None),
+    "minItems": ("array", "integer", lambda v, limit: len(v) >= limit),
+    "maxItems": ("array", "integer", lambda v, limit: len(v) <= limit),
+    "uniqueItems": ("array", "boolean", lambda v, unique: not unique or len({_frozen(x) for x in v}) == len(v)),
+    "required": ("object", "array", lambda v, names: all(name in v for name in names)),
 }
-"""Keywords that hold or not, each for values of one type; values of other types pass them, as JSON Schema has it."""
+"""Keywords that hold or not, each for values of one type, and the type of its own argument. Values of other types pass
+them, as JSON Schema has it."""
+ARGUMENT = {"properties": "object", "anyOf": "array", "enum": "array"} | {k: own for k, (_, own, _) in LIMITS.items()}
+"""The type of a keyword's own argument, where it is one."""
 BELOW = ("properties", "additionalProperties", "items", "anyOf", "type", "enum", "const")
 SAID = ("$schema", "title", "description", "default", "examples")
 """Keywords that ask nothing."""
@@ -48,10 +51,10 @@ def json_schema(reward: JsonSchemaReward) -> Rule:
     Departures from JSON: no object may name a key twice, and NaN and Infinity are refused.
 
     Raises:
-        UserError: the schema has a keyword that is not in the tables above.
+        UserError: it is no schema, or has a keyword that is not in the tables above.
     """
     schema = reward.schema_
-    for problem in unknown(schema, "schema"):
+    if problem := next(unknown(schema, "schema"), ""):
         raise UserError(f"reward {reward.name!r}: {problem}")
 
     def score(example: Example, text: str) -> Score:
@@ -59,10 +62,10 @@ def json_schema(reward: JsonSchemaReward) -> Rule:
         if not answer or len(answer) > MAX_ANSWER:
             return Score(0.0, "unparsed", None, "no answer of a sensible size")
         try:
-            value = parse(answer)
+            problem = next(problems(parse(answer), schema), "")
         except (ValueError, RecursionError) as error:
             return Score(0.0, "unparsed", None, f"not JSON: {error}")
-        if problem := next(problems(value, schema), ""):
+        if problem:
             return Score(0.0, "wrong", answer, problem)
         return Score(1.0, "correct", answer)
 
@@ -110,7 +113,7 @@ def problems(value: Any, schema: Any, path: str = "$") -> Iterator[str]:
         yield f"{path}: none of the values of enum"
     if "const" in schema and _frozen(value) != _frozen(schema["const"]):
         yield f"{path}: not the value of const"
-    for keyword, (kind, holds) in LIMITS.items():
+    for keyword, (kind, _, holds) in LIMITS.items():
         if keyword in schema and TYPES[kind](value) and not holds(value, schema[keyword]):
             yield f"{path}: {keyword} {schema[keyword]} does not hold"
     if isinstance(value, dict):
@@ -125,19 +128,23 @@ def problems(value: Any, schema: Any, path: str = "$") -> Iterator[str]:
 
 
 def unknown(schema: Any, path: str) -> Iterator[str]:
-    """What in a schema cannot be checked here."""
+    """What in a schema cannot be checked here, or makes it none; to be asked for the next only where that is mended."""
     if isinstance(schema, bool):
         return
     if not isinstance(schema, Mapping):
         yield f"{path}: a schema is a block of keywords, or true or false"
         return
-    for keyword in schema:
+    for keyword, argument in schema.items():
         if keyword not in (*LIMITS, *BELOW, *SAID):
             yield f"{path}: no keyword {keyword!r} (known: {', '.join((*BELOW, *LIMITS))})"
+        if keyword in ARGUMENT and not TYPES[ARGUMENT[keyword]](argument):
+            yield f"{path}.{keyword}: must be of type {ARGUMENT[keyword]}, not {json.dumps(argument)}"
     kinds = schema.get("type", [])
-    for kind in [kinds] if isinstance(kinds, str) else kinds:
-        if kind not in TYPES:
+    for kind in kinds if isinstance(kinds, list) else [kinds]:
+        if not (isinstance(kind, str) and kind in TYPES):
             yield f"{path}.type: no type {kind!r} (known: {', '.join(TYPES)})"
+    if why := broken(schema.get("pattern", "")):
+        yield f"{path}.pattern: {schema['pattern']!r} is no pattern: {why}"
     for name, below in schema.get("properties", {}).items():
         yield from unknown(below, f"{path}.properties.{name}")
     for keyword in ("items", "additionalProperties"):
@@ -149,7 +156,7 @@ def unknown(schema: Any, path: str) -> Iterator[str]:
 
 def _frozen(value: Any) -> str:
     """Equal for equal JSON values: 1 and 1.0 are, 1 and true are not."""
-    if TYPES["number"](value) and value == int(value):
+    if TYPES["integer"](value):
         value = int(value)
     elif isinstance(value, list):
         return f"[{','.join(map(_frozen, value))}]"

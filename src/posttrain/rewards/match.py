@@ -8,7 +8,7 @@ from posttrain.recipe.rewards import ExactReward, RegexReward
 from posttrain.records import Example, Score, UserError
 from posttrain.rewards.protocol import Cases, Rule
 from posttrain.rewards.prove import compared, nonsense
-from posttrain.rewards.text import MAX_ANSWER, extract
+from posttrain.rewards.text import MAX_ANSWER, broken, extract
 
 
 def exact(reward: ExactReward) -> Rule:
@@ -34,10 +34,9 @@ def regex(reward: RegexReward) -> Rule:
     Raises:
         UserError: the pattern is none.
     """
-    try:
-        pattern = re.compile(reward.pattern)
-    except re.error as error:
-        raise UserError(f"reward {reward.name!r}: pattern {reward.pattern!r}: {error}") from None
+    if why := broken(reward.pattern):
+        raise UserError(f"reward {reward.name!r}: pattern {reward.pattern!r}: {why}")
+    pattern = re.compile(reward.pattern)
 
     def score(example: Example, text: str) -> Score:
         answer = extract(text)

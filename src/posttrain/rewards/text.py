@@ -25,6 +25,15 @@ def unfenced(text: str) -> str:
     return (found[0] if len(found) == 1 else text).strip()
 
 
+def broken(pattern: str) -> str:
+    """Why `pattern` is none of Python's re; empty where it is one."""
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:  # the last two of a{99999999999} and of deep brackets
+        return str(error)
+    return ""
+
+
 def same(a: str, b: str) -> bool:
     """The same words, or numbers within 1 %: a rounded answer is no exploit."""
     if NUMBER.fullmatch(a.strip()) and NUMBER.fullmatch(b.strip()):

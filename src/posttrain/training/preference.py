@@ -323,7 +323,7 @@ def judged_on_policy(
     Token ids are kept as sampled. A prompt whose answers all score alike gives nothing.
 
     Raises:
-        UserError: no prompt gives anything.
+        UserError: no prompt gives anything, or the loss cannot take such rewards.
     """
     how, of = stage.on_policy, OBJECTIVES[stage.loss].of
     assert how is not None
@@ -336,6 +336,12 @@ def judged_on_policy(
     made: list[list[Judged]] = [[] for _ in data.rows]
     scores = score(rollouts)
     values = [math.nan if s.value is None else s.value for s in scores]
+    if stage.loss == "lipo" and (outside := [v for v in values if v < 0 or v > 1]):
+        raise UserError(
+            f"stage {stage.id!r}: loss lipo weighs pairs by 2 to the rewards, which must lie between 0 and 1, and one "
+            f"is {outside[0]:g}; score by a verifier, or by a judge with compare: true, or take loss rrhf or pro, which "
+            "go by the order alone"
+        )
     found: Sequence[Sequence[int]] = rankings(rollouts, scores) if of == "lists" else pairs(rollouts, scores, rng)
     for members in found:
         best, worst = members[0], [i for i in members if not math.isnan(values[i])][-1]
