@@ -99,6 +99,8 @@ def write(content: Recipe | str | bytes) -> list[str]:
         (recipe(seed=-1), "r.yaml:5: seed: must be a whole number, at least 0, not -1"),
         (recipe(**{"from": "warmup"}), "stages.0.from: 'warmup' is no earlier stage (these are: base)"),
         (recipe(kind="sfft"), "stages.0.kind: unknown kind 'sfft' (did you mean `sft`?)"),
+        (recipe(kind="grpo", sampling={"stop": [""]}), "stages.0.sampling.stop: holds an empty text, at which every"),
+        (recipe(kind="online_preference", n=1), "stages.0.n: must be a whole number, at least 2, not 1"),
         (recipe() | {"schema": 2}, "schema: recipe format 2 is newer than this posttrain"),
     ],
     ids=lambda value: None if isinstance(value, str) and value else "recipe",

@@ -234,6 +234,30 @@ def test_error_of_an_override_names_it(override: str, expected: str) -> None:
     assert expected in lines[0]
 
 
+@pytest.mark.parametrize(
+    ("reward", "what"),
+    [
+        ("{kind: process, source: 'stage:steps'}", None),
+        ("{kind: model, source: 'stage:steps'}", "'steps' is no earlier stage of kind reward_model (there are: none)"),
+        (
+            "{kind: process, source: 'stage:warm'}",
+            "'warm' is no earlier stage of kind process_reward_model (there are: steps)",
+        ),
+        ("{kind: judge, source: 'stage:warm'}", "only the rewards model and process take stage:ID"),
+        ("{kind: implicit, source: 'stage:warm', reference: r}", "only the rewards model and process take stage:ID"),
+    ],
+)
+def test_a_reward_takes_its_model_from_a_stage_that_makes_such_a_one(reward: str, what: str | None) -> None:
+    scored = "  - {id: steps, kind: process_reward_model, steps: 1, data: {sources: [{source: s.jsonl}]}}\n"
+    text = edited("  - id: play\n", f"{scored}  - id: play\n    from: warm\n")
+    override = f"stages.play.rewards=[{reward}]"
+    if what is None:
+        assert parse(text, "r", [override]).stages[2].rewards[0].source == "stage:steps"
+        return
+    (line,) = problems(text, override)
+    assert "stages.2.rewards.0.source: " + what in line
+
+
 @given(st.text(max_size=60), st.text(max_size=20))
 def test_any_text_is_a_recipe_or_a_user_error(text: str, override: str) -> None:
     for attempt in ((text, ()), (GOOD + text, ()), (GOOD, (override,)), (GOOD, (f"stages.{override}",))):

@@ -86,6 +86,15 @@ def test_what_can_be():
     assert ppo().period == 4
 
 
+@pytest.mark.parametrize("reward", [{"kind": "majority"}, {"kind": "judge", "source": "j", "compare": True}])
+def test_a_reward_that_compares_answers_needs_two(reward):
+    for stage, keys in ((ppo, {}), (grpo, {"n": 1, "advantage": "whitened"})):
+        with pytest.raises(ValidationError, match="compares the answers to a prompt with each other, and n is 1"):
+            stage(**keys, rewards=[reward])
+        assert stage(**keys | {"n": 2}, rewards=[reward]).n == 2
+    assert ppo(rewards=[{"kind": "judge", "source": "j"}]).n == 1
+
+
 def test_a_weight_that_is_steered_starts_somewhere():
     with pytest.raises(ValidationError, match="where kl_target steers it"):
         ppo(kl_weight=0, kl_target=6)

@@ -100,6 +100,8 @@ def test_the_default_is_the_verifier() -> None:
             "counts through the ensemble alone; leave its weight out",
         ),
         ([{"kind": "length", "max_tokens": 4, "buffer": 5}], "no answer is unpunished"),
+        ([{"kind": "format", "tags": ["think", "think"]}], "names one tag twice"),
+        ([{"kind": "implicit", "source": "m", "reference": "m"}], "every answer would earn 0"),
         ([], "at least 1"),
         ([{"kind": "exact", "weight": -1}], "greater than or equal to 0"),
         ([{"kind": "exactly"}], "exactly"),

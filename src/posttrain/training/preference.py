@@ -339,8 +339,8 @@ def judged_on_policy(
     if stage.loss == "lipo" and (outside := [v for v in values if v < 0 or v > 1]):
         raise UserError(
             f"stage {stage.id!r}: loss lipo weighs pairs by 2 to the rewards, which must lie between 0 and 1, and one "
-            f"is {outside[0]:g}; score by a verifier, or by a judge with compare: true, or take loss rrhf or pro, which "
-            "go by the order alone"
+            f"is {outside[0]:g}; score by a verifier, or by a judge with compare: true, or take loss rrhf or pro, "
+            "which go by the order alone"
         )
     found: Sequence[Sequence[int]] = rankings(rollouts, scores) if of == "lists" else pairs(rollouts, scores, rng)
     for members in found:
