@@ -29,15 +29,18 @@ def method_of(policy: ToyPolicy, reward: Callable[[Ids], float], steps: int, set
     return method(stage, toy_data(), policy, ToySampler(policy), toy_scorer(reward), 0)
 
 
+def worths(model: Table, reward: Callable[[Ids], float]) -> Tensor:
+    """Of every answer that there is."""
+    return torch.tensor([reward(ids) for ids in model.completions], dtype=torch.float64)
+
+
 def expected(model: Table, reward: Callable[[Ids], float]) -> float:
-    rewards = torch.tensor([reward(ids) for ids in model.completions], dtype=torch.float64)
-    return float(model.probabilities() @ rewards)
+    return float(model.probabilities() @ worths(model, reward))
 
 
 def closed_form(model: Table, reward: Callable[[Ids], float], beta: float) -> Tensor:
     """p exp(r / beta) / Z with the model as it stands for p: what maximises E[r] - beta KL(pi, p)."""
-    rewards = torch.tensor([reward(ids) for ids in model.completions], dtype=torch.float64)
-    weights = model.probabilities() * (rewards / beta).exp()
+    weights = model.probabilities() * (worths(model, reward) / beta).exp()
     return weights / weights.sum()
 
 
@@ -49,6 +52,11 @@ def apart(p: Tensor, q: Tensor) -> float:
 def tempting(ids: Ids) -> float:
     """The best answer is one of nine of two tokens; an answer that ends at once is worth half as much."""
     return {(2, 1): 1.0, (0,): 0.5}.get(ids, 0.2 if ids[0] == 1 else 0.0)
+
+
+def graded(ids: Ids) -> float:
+    """One answer of each worth, told by its first token."""
+    return (0.0, 0.2, 0.5, 0.8, 1.0)[ids[0]]
 
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -99,14 +107,10 @@ def test_with_a_kl_penalty_the_optimum_is_the_closed_form(name):
     """Answers of one token, for which a penalty at each token in the loss is that of the whole answer."""
     policy = toy(5, 1, spread=0.5)
     model: Any = policy.model
-
-    def reward(ids: Ids) -> float:
-        return (0.0, 0.2, 0.5, 0.8, 1.0)[ids[0]]
-
-    wanted = closed_form(model, reward, BETA)
+    wanted = closed_form(model, graded, BETA)
     assert apart(model.probabilities(), wanted) > 0.2
     settings = {"kl_weight": BETA, "baseline_std": "none", "n": 128, **ONE_TOKEN[name]}
-    learn(method_of(policy, reward, 100, settings), policy, 100, 0.1)
+    learn(method_of(policy, graded, 100, settings), policy, 100, 0.1)
     assert apart(model.probabilities(), wanted) < 0.02
 
 
@@ -114,20 +118,15 @@ def test_k3_in_the_loss_as_it_stands_has_another_optimum():
     """Its gradient is that of KL(p, pi): the optimum is pi = beta p / (c - r), c such that it sums to 1."""
     policy = toy(5, 1, spread=0.5)
     model: Any = policy.model
-
-    def reward(ids: Ids) -> float:
-        return (0.0, 0.2, 0.5, 0.8, 1.0)[ids[0]]
-
-    p = model.probabilities()
-    rewards = torch.tensor([reward(ids) for ids in model.completions], dtype=torch.float64)
+    p, rewards = model.probabilities(), worths(model, graded)
     low, high = 1.0, 10.0
     for _ in range(60):
         c = (low + high) / 2
         low, high = (c, high) if (BETA * p / (c - rewards)).sum() > 1 else (low, c)
     settings = {"kl_weight": BETA, "baseline_std": "none", "n": 128, "kl_estimator": "k3"}
-    learn(method_of(policy, reward, 100, settings), policy, 100, 0.1)
+    learn(method_of(policy, graded, 100, settings), policy, 100, 0.1)
     assert apart(model.probabilities(), BETA * p / (c - rewards)) < 0.02
-    assert apart(BETA * p / (c - rewards), closed_form(toy(5, 1, spread=0.5).model, reward, BETA)) > 0.02
+    assert apart(BETA * p / (c - rewards), closed_form(toy(5, 1, spread=0.5).model, graded, BETA)) > 0.02
 
 
 IN_REWARD: dict[str, dict[str, Any]] = {
@@ -156,14 +155,9 @@ def test_an_entropy_bonus_keeps_the_policy_as_open_as_its_weight_says():
     """E[r] + a H is largest at exp(r / a) / Z."""
     policy = toy(5, 1, spread=0.5)
     model: Any = policy.model
-
-    def reward(ids: Ids) -> float:
-        return (0.0, 0.2, 0.5, 0.8, 1.0)[ids[0]]
-
     settings = {"entropy_weight": BETA, "baseline_std": "none", "n": 128}
-    learn(method_of(policy, reward, 100, settings), policy, 100, 0.1)
-    rewards = torch.tensor([reward(ids) for ids in model.completions], dtype=torch.float64)
-    assert apart(model.probabilities(), (rewards / BETA).softmax(0)) < 0.02
+    learn(method_of(policy, graded, 100, settings), policy, 100, 0.1)
+    assert apart(model.probabilities(), (worths(model, graded) / BETA).softmax(0)) < 0.02
 
 
 def test_ppo_solves_three_steps_with_its_critic():
