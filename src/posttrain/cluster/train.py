@@ -35,7 +35,7 @@ from posttrain.machine import peak_memory, tune
 from posttrain.models.disk import write_text
 from posttrain.models.policy import Policy
 from posttrain.pipeline.stages import Job, Say, Trainer, learn
-from posttrain.recipe.preference import OnlinePreference, Preference
+from posttrain.recipe.preference import OnlinePreference, Preference, SelfRewarding
 from posttrain.recipe.rl import Ppo, RejectionSampling, Rl
 from posttrain.recipe.supervised import Distill
 from posttrain.records import Failure, Ledger, UserError
@@ -159,7 +159,7 @@ def _train(layout: Layout, gpus: bool, job: Job, start: Policy, say: Say) -> tup
 
 def _actors(layout: Layout, gpus: bool, job: Job) -> list[Any]:
     if not (
-        isinstance(job.stage, Rl | RejectionSampling | OnlinePreference)
+        isinstance(job.stage, Rl | RejectionSampling | OnlinePreference | SelfRewarding)
         or (isinstance(job.stage, Preference) and job.stage.on_policy)
         or (isinstance(job.stage, Distill) and job.stage.mode == "on_policy")
     ):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from posttrain.data.chat import Rendered
 from posttrain.data.prepare import Prepared
 from posttrain.forest import Row, hidden_states, pack, split, token_logprobs, token_statistics
 from posttrain.forest.attention import decoder
@@ -16,18 +17,21 @@ from posttrain.models.fused import foldable
 from posttrain.models.memory import Pass, measure_forward, measure_pass
 from posttrain.models.policy import Policy, outline
 from posttrain.recipe.blocks import Sampling
-from posttrain.recipe.preference import OnlinePreference, Preference
+from posttrain.recipe.preference import OnlinePreference, Preference, SelfRewarding
 from posttrain.recipe.rl import RejectionSampling, Rl
 from posttrain.recipe.schema import Stage
 from posttrain.recipe.scoring import ProcessRewardModel, ScoringStage
-from posttrain.recipe.supervised import Distill
+from posttrain.recipe.supervised import Constitutional, Distill
 from posttrain.records import UserError
+from posttrain.rewards.judge import GRADE, META
 from posttrain.sampling import local
 from posttrain.sampling.choose import cut
 from posttrain.sampling.grid import BLOCK
 from posttrain.training.batch import chosen, draws, interval, rejected
+from posttrain.training.constitutional import REQUESTS
 from posttrain.training.distill import token_divergences
 from posttrain.training.preference import second_model
+from posttrain.training.self_rewarding import ADDITIVE
 
 SMALLEST = 64
 """Tokens of a pass below which a budget is not lowered: it then costs much time and saves little."""
@@ -76,8 +80,10 @@ def stage_memory(stage: Stage, data: Prepared, policy: Policy, seed: int) -> Ter
         terms["teacher"] = sum(p.nbytes for p in teacher.parameters())
         if stage.mode == "sequence":
             answering, teacher = teacher, None
+    learned, asked = _asked_back(stage, data, policy)
     try:
-        step, sampling = _largest_pass(stage, data, policy.model, seed, teacher), _sampling(stage, data, answering)
+        step = _largest_pass(stage, learned, policy.model, seed, teacher)
+        sampling = _sampling(stage, asked, answering)
     except Exception as error:  # the model's code is not ours, and may fail in any way
         said = str(error).partition("\n")[0]
         raise Unpredicted(f"{type(decoder(policy.model)).__name__} does not run without values ({said})") from error
@@ -198,6 +204,11 @@ def _batches(stage: Stage, data: Prepared, seed: int) -> list[list[tuple[Row, ..
                 units.append(tuple(_sampled(item.prompt_ids, stage.on_policy, k) for k in range(stage.width)))
             elif isinstance(stage, OnlinePreference):
                 units.append(tuple(_sampled(item.prompt_ids, stage.sampling, k) for k in range(stage.sides)))
+            elif isinstance(stage, SelfRewarding):
+                own = stage.judging if stage.meta_judge else stage.sampling
+                units.append(tuple(_sampled(item.prompt_ids, own, k) for k in range(2)))
+            elif isinstance(stage, Constitutional) and not item.completion_ids:
+                units.append((_sampled(item.prompt_ids, stage.sampling, 0),))
             elif isinstance(stage, RejectionSampling):
                 units.append((_sampled(item.prompt_ids, stage.sampling, 0),))
             elif isinstance(stage, Distill) and (stage.mode == "on_policy" or not item.completion_ids):
@@ -212,6 +223,30 @@ def _batches(stage: Stage, data: Prepared, seed: int) -> list[list[tuple[Row, ..
     return sorted(made, key=lambda units: sum(len(row) for unit in units for row in unit))[-HEAVIEST:]
 
 
+def _asked_back(stage: Stage, data: Prepared, policy: Policy) -> tuple[Prepared, Prepared]:
+    """`data` with its prompts as they are learned from, and as they are sampled for: the longest there are, which are
+    those in which the model is asked about its own answers, where it is."""
+    if isinstance(stage, Constitutional):
+        request = "".join(REQUESTS.values()) + max(stage.principles, key=len)
+        return data, _about(data, policy, request, 2 * stage.sampling.max_new_tokens, 1)
+    if isinstance(stage, SelfRewarding):
+        request, n = GRADE + (stage.judging.rubric or ADDITIVE), stage.judging.n
+        graded = _about(data, policy, request, stage.sampling.max_new_tokens, stage.n)
+        if not stage.meta_judge:
+            return data, graded
+        said = stage.sampling.max_new_tokens + 2 * stage.judging.max_new_tokens
+        return graded, _about(data, policy, META + request, said, n * (n - 1))
+    return data, data
+
+
+def _about(data: Prepared, policy: Policy, request: str, said: int, times: int) -> Prepared:
+    """The longest prompts behind a request and before what was `said`, in tokens, so many `times` each."""
+    before, rows = policy.tokenizer.encode(request), [row for part in data.rows for row in part]
+    longest = sorted(rows, key=lambda row: len(row.prompt_ids))[-local.ROWS :]
+    asked = [Rendered(row.example, (*before, *row.prompt_ids, *[k] * said)) for row in longest for k in range(times)]
+    return Prepared((tuple(asked),), (1.0,), data.report)
+
+
 def _sampled(prompt: Sequence[int], sampling: Sampling, k: int) -> Row:
     length = sampling.max_new_tokens
     return Row(tuple(prompt), (k,) * length, (True,) * length)
@@ -223,6 +258,12 @@ def _sampling(stage: Stage, data: Prepared, model: nn.Module) -> Terms:
         prompts, n, sampling = stage.batch_size, stage.n, stage.whole
     elif isinstance(stage, OnlinePreference):
         prompts, n, sampling = stage.batch_size, stage.n, stage.sampling
+    elif isinstance(stage, Constitutional):
+        prompts, n, sampling = sum(map(len, data.rows)), 1, stage.sampling
+    elif isinstance(stage, SelfRewarding):
+        prompts, n, sampling = stage.prompts * stage.n, stage.judging.n, stage.judging
+        if stage.meta_judge:
+            prompts, n = stage.prompts * stage.judging.n * (stage.judging.n - 1), 1
     elif isinstance(stage, RejectionSampling):
         prompts, n, sampling = stage.prompts, stage.n, stage.sampling
     elif isinstance(stage, Distill) and stage.mode != "off_policy":

@@ -13,11 +13,11 @@ from posttrain.models.cost import forward_flops_per_token, training_flops_per_to
 from posttrain.models.policy import Policy, outline
 from posttrain.pipeline.memory import Terms, Unpredicted, fit, told
 from posttrain.pipeline.stages import stage_data
-from posttrain.recipe.preference import OnlinePreference, Preference
+from posttrain.recipe.preference import OnlinePreference, Preference, SelfRewarding
 from posttrain.recipe.rl import Grpo, RejectionSampling, Rl
 from posttrain.recipe.schema import Recipe, Stage
 from posttrain.recipe.scoring import ProcessRewardModel, ScoringStage
-from posttrain.recipe.supervised import Distill
+from posttrain.recipe.supervised import Constitutional, Distill
 from posttrain.training.preference import second_model
 from posttrain.training.reward import hold_out
 
@@ -130,6 +130,15 @@ def _stage(stage: Stage, data: Prepared, policy: Policy, seed: int) -> StagePlan
         branches = stage.sides
         answers = branches * stage.sampling.max_new_tokens
         generated = trees * stage.n * stage.sampling.max_new_tokens
+    elif isinstance(stage, Constitutional):
+        answers = stage.sampling.max_new_tokens
+        generated = min(len(rows), trees) * (1 + 2 * stage.rounds) * answers
+    elif isinstance(stage, SelfRewarding):
+        branches, judging = 2, stage.judging
+        answers = branches * stage.sampling.max_new_tokens
+        compared = judging.n * (judging.n - 1) if stage.meta_judge else 0
+        judged = (stage.n * judging.n + compared) * judging.max_new_tokens
+        generated = stage.rounds * stage.prompts * (stage.n * stage.sampling.max_new_tokens + judged)
     elif isinstance(stage, RejectionSampling):
         answers = stage.sampling.max_new_tokens
         generated = stage.rounds * stage.prompts * stage.n * answers * (2 if stage.hint else 1)

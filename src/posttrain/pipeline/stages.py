@@ -26,13 +26,13 @@ from posttrain.models.reward import fitting, reward_model
 from posttrain.pipeline.folder import digest, read_json, write_json
 from posttrain.pipeline.memory import fit
 from posttrain.recipe.objectives import OBJECTIVES
-from posttrain.recipe.preference import OnlinePreference, Preference
+from posttrain.recipe.preference import OnlinePreference, Preference, SelfRewarding
 from posttrain.recipe.rewards import Rewarded
 from posttrain.recipe.rl import Grpo, RejectionSampling, Rl
 from posttrain.recipe.schema import Stage
 from posttrain.recipe.scoring import ProcessRewardModel, RewardModel, ScoringStage
 from posttrain.recipe.stage import StageBase
-from posttrain.recipe.supervised import ContinuedPretraining, Distill, Sft
+from posttrain.recipe.supervised import Constitutional, ContinuedPretraining, Distill, Sft
 from posttrain.records import Example, Ledger, UserError, derive
 from posttrain.rewards import build
 from posttrain.rewards.learned import located
@@ -42,6 +42,7 @@ from posttrain.sampling.endpoint import EndpointSampler
 from posttrain.sampling.local import LocalSampler
 from posttrain.sampling.protocol import Sampler
 from posttrain.training.batch import Method
+from posttrain.training.constitutional import revise, revised
 from posttrain.training.distill import DistillMethod, taught, teach, teacher_of
 from posttrain.training.grpo import GrpoMethod
 from posttrain.training.loop import train
@@ -66,6 +67,7 @@ from posttrain.training.process_reward import (
 )
 from posttrain.training.rejection import RejectionMethod
 from posttrain.training.reward import RewardMethod, ends, hold_out, preferred
+from posttrain.training.self_rewarding import SelfRewardingMethod
 from posttrain.training.sft import SftMethod
 from posttrain.training.world import ALONE, World
 
@@ -167,6 +169,9 @@ def run_stage(job: Job, say: Say, trainer: Trainer = train_here) -> None:
     if isinstance(stage, Distill) and stage.mode == "sequence":
         data, before, made = _taught(stage, data, start, folder, seed)
         job = replace(job, data=data)
+    if isinstance(stage, Constitutional):
+        data, before, made = _revised(stage, data, start, folder, seed)
+        job = replace(job, data=data)
     if isinstance(stage, ScoringStage):
         head = ends(data), derive(seed, stage.id, "head")
         start = reward_model(start, *head)
@@ -206,6 +211,8 @@ def need(stage: StageBase) -> Need:
         if stage.mode == "off_policy":
             return "completion"
         return partial(prompted, lacks=lambda _: "", own=stage.mode == "on_policy" and stage.student_share < 1)
+    if isinstance(stage, Constitutional | SelfRewarding):
+        return partial(prompted, lacks=lambda _: "")
     if rewarded := _rewarded(stage):
         own = isinstance(stage, Preference) and OBJECTIVES[stage.loss].of == "triples"
         return partial(prompted, lacks=lacking(rewarded.rewards), own=own)
@@ -256,6 +263,20 @@ def _taught(
     return taught(kept, data), Ledger(**made["ledger"]), made["facts"]
 
 
+def _revised(
+    stage: Constitutional, data: Prepared, start: Policy, folder: Path, seed: int
+) -> tuple[Prepared, Ledger, dict[str, Any]]:
+    """The data with the model's revised answers, what they cost, and what is worth recording of them."""
+    kept, cost = folder / "revised.jsonl", folder / "revised.json"
+    if not cost.is_file():
+        sampler = LocalSampler(start, Renderer(start.tokenizer, system=stage.data.system))
+        with enough_memory("while answers were revised", FEWER):
+            ledger, facts = revise(stage, data, sampler, seed, kept)
+        write_json(cost, {"ledger": asdict(ledger), "facts": facts})
+    made = read_json(cost)
+    return revised(kept, data), Ledger(**made["ledger"]), made["facts"]
+
+
 def _held_out(model: nn.Module, held: list[Rendered], stage: ScoringStage) -> dict[str, Any]:
     """How often a scoring model is right on rows it was not trained on; `chance` is what knowing nothing earns."""
     if isinstance(stage, RewardModel):
@@ -280,7 +301,7 @@ def _headed(load: Callable[[], Policy], ends: set[int], seed: int) -> Policy:
 def _method(job: Job, start: Policy, sampler: Sampler, world: World) -> tuple[Method, Ledger, dict[str, Any]]:
     """The stage's method, what preparing it cost, and what is worth recording of that."""
     stage, data, folder, seed = job.stage, job.data, job.folder, job.seed
-    if isinstance(stage, Sft | ContinuedPretraining):
+    if isinstance(stage, Sft | ContinuedPretraining | Constitutional):
         return SftMethod(stage, data, seed), Ledger(), {}
     if isinstance(stage, Distill):
         if stage.mode == "sequence":
@@ -309,6 +330,8 @@ def _method(job: Job, start: Policy, sampler: Sampler, world: World) -> tuple[Me
     if isinstance(stage, RejectionSampling):
         score = _scorer(stage, data, start, folder)
         return RejectionMethod(stage, data, start, sampler, score, folder, seed, world), Ledger(), {}
+    if isinstance(stage, SelfRewarding):
+        return SelfRewardingMethod(stage, data, start, sampler, folder, seed, world), Ledger(), {}
     kept, cost = folder / "judged.jsonl", folder / "judged.json"
     if not world.gather(cost.is_file())[0]:
         facts: dict[str, Any] = {}

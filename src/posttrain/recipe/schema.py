@@ -13,12 +13,12 @@ from pydantic import Field, model_validator
 
 from posttrain.recipe.base import Block, Misfit
 from posttrain.recipe.blocks import Model, Source
-from posttrain.recipe.preference import OnlinePreference, Preference
+from posttrain.recipe.preference import OnlinePreference, Preference, SelfRewarding
 from posttrain.recipe.rewards import STAGE, Reward, Rewarded
 from posttrain.recipe.rl import Grpo, Ppo, RejectionSampling
 from posttrain.recipe.scoring import ProcessRewardModel, RewardModel, ScoringStage
 from posttrain.recipe.stage import StageBase
-from posttrain.recipe.supervised import ContinuedPretraining, Distill, Sft
+from posttrain.recipe.supervised import Constitutional, ContinuedPretraining, Distill, Sft
 
 SCHEMA_VERSION = 1
 
@@ -27,11 +27,13 @@ Stage = Annotated[
     ContinuedPretraining
     | Sft
     | Distill
+    | Constitutional
     | Preference
     | RewardModel
     | ProcessRewardModel
     | RejectionSampling
     | OnlinePreference
+    | SelfRewarding
     | Grpo
     | Ppo,
     Field(discriminator="kind"),

@@ -15,6 +15,10 @@ METHODS: dict[str, Entry] = {
         "A teacher's distributions or answers: sequence-level, off-policy, on-policy (GKD)",
         "Agarwal et al., 2306.13649",
     ),
+    "constitutional": Entry(
+        "Answers that the model criticised and revised by written principles (Constitutional AI)",
+        "Bai et al., 2212.08073",
+    ),
     "preference": Entry(
         "DPO and the losses after it: pairs, lists or labelled answers, from a file or on-policy",
         "Rafailov et al., 2305.18290",
@@ -30,6 +34,10 @@ METHODS: dict[str, Entry] = {
     "online_preference": Entry(
         "Preferences between answers sampled while training: online DPO, Nash-MD, XPO",
         "Guo et al., 2402.04792; Munos et al., 2312.00886; Xie et al., 2405.21046",
+    ),
+    "self_rewarding": Entry(
+        "Rounds of DPO on answers that the model graded itself, and on its judgements (meta-judge)",
+        "Yuan et al., 2401.10020; Wu et al., 2407.19594",
     ),
     "grpo": Entry(
         "Policy gradient on groups: GRPO, Dr. GRPO, DAPO, GSPO, CISPO, SAPO, GMPO, VESPO, RLOO, REINFORCE++",
