@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from collectives import counted
 from measured import Row, parser, report, row
 from side_posttrain import method_of, policy_of
 from workload import Workload, write
@@ -50,18 +51,7 @@ class Counted(Distributed):
 def worker(rank: int, folder: str, model: str, lora: bool, always: bool, answer: Any) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.set_num_threads(1)
-    sent: Counter[str] = Counter()
-    gather, scatter = dist.all_gather_single, dist.reduce_scatter_single
-
-    def all_gather(output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        sent["all-gather"] += output.nbytes
-        return gather(output, *args, **kwargs)
-
-    def reduce_scatter(output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        sent["reduce-scatter"] += output.nbytes * dist.get_world_size()
-        return scatter(output, *args, **kwargs)
-
-    dist.all_gather_single, dist.reduce_scatter_single = all_gather, reduce_scatter
+    sent = counted()
     policy = shard(policy_of(model, lora), Distributed(), always)
     work = Workload("sft", "sft", 4, 1e-5, lora, steps=2)
     policy, method, stage, _ = method_of(work, policy, Path(folder))

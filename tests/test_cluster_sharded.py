@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from sharded import Here
+from test_readme import by_path
 from tiny import tiny_policy
 from tiny_runs import (
     RENDERER,
@@ -127,7 +127,7 @@ def test_a_step_in_several_passes(tmp_path, adapter):
     weights = sum(p.nbytes for p in alone.parameters().values())
     for bytes_of_a_step in sent[False, 16].values():
         assert weights <= bytes_of_a_step <= weights * 4 / 3  # a rank of 3 is padded for two workers
-    assert all(sent[True, 16][kind] > 2.9 * sent[True, 1000][kind] for kind in ("gathered", "reduced"))
+    assert all(sent[True, 16][kind] > 2.9 * sent[True, 1000][kind] for kind in ("all-gather", "reduce-scatter"))
 
 
 PASSES = [(always, budget) for always in (False, True) for budget in (16, 1000)]
@@ -135,18 +135,7 @@ PASSES = [(always, budget) for always in (False, True) for budget in (16, 1000)]
 
 
 def _passes(out: Path, adapter: Lora | None) -> None:
-    sent: Counter[str] = Counter()
-    gather, scatter = dist.all_gather_single, dist.reduce_scatter_single
-
-    def gathering(output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        sent["gathered"] += output.nbytes
-        return gather(output, *args, **kwargs)
-
-    def scattering(output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        sent["reduced"] += output.nbytes * 2
-        return scatter(output, *args, **kwargs)
-
-    dist.all_gather_single, dist.reduce_scatter_single = gathering, scattering
+    sent = by_path("benchmarks/collectives.py").counted()
     for always, budget in PASSES:
         folder = out / f"{always}-{budget}"
         counts: list[Counter[str]] = []
