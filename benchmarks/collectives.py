@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 
 def counted() -> Counter[str]:
-    """What every all-gather and reduce-scatter of this process moves from now on; of a tensor that is cut, the whole."""
+    """What every all-gather and reduce-scatter of this process moves from now on, the whole of what is cut."""
     sent: Counter[str] = Counter()
     gather, scatter = dist.all_gather_single, dist.reduce_scatter_single
 
