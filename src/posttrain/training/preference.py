@@ -14,37 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from posttrain import losses
 from posttrain.credit.batch import as_row
 from posttrain.credit.pairs import pairs, rankings
 from posttrain.data.chat import Rendered
 from posttrain.data.prepare import Prepared, schedule
 from posttrain.forest import Forest, Row, token_statistics
 from posttrain.forest.logprobs import States, check_head
-from posttrain.losses.listwise import lipo, pro, rrhf
-from posttrain.losses.preference import (
-    apo_down,
-    apo_zero,
-    bco,
-    discopop,
-    exo,
-    hinge,
-    ipo,
-    logistic,
-    nca,
-    robust,
-    sppo,
-)
-from posttrain.losses.reduce import Counts, reduce_pairs, reduce_tokens, segment_sum
-from posttrain.losses.scores import alpha_length, desensitised, divergence, log_odds, wpo_weight
-from posttrain.losses.sft import nll
-from posttrain.losses.unpaired import apo_zero_unpaired, bco_unpaired, kto, kto_kl, running_mean
 from posttrain.models.disk import write_text
 from posttrain.models.policy import Policy, load
 from posttrain.recipe.objectives import OBJECTIVES, Loss
 from posttrain.recipe.preference import Preference
 from posttrain.recipe.supervised import Distill
 from posttrain.records import Ledger, UserError, derive
-from posttrain.rewards.protocol import Scorer
+from posttrain.rewards.protocol import Scorer, spent
 from posttrain.sampling.protocol import Sampler
 from posttrain.training.batch import (
     Batch,
@@ -77,21 +60,23 @@ class Judged:
 
 
 def _orpo(chosen_P: Tensor, rejected_P: Tensor, *, beta: float) -> Tensor:
-    return beta * logistic(chosen_P, rejected_P, beta=1.0)
+    return beta * losses.logistic(chosen_P, rejected_P, beta=1.0)
 
 
 def _lipo(scores_PK: Tensor, rewards_PK: Tensor, *, beta: float) -> Tensor:
-    return lipo(beta * scores_PK, rewards_PK)
+    return losses.lipo(beta * scores_PK, rewards_PK)
 
 
 FUNCTIONS: dict[Loss, Callable[..., Tensor]] = {
-    "dpo": logistic, "dpo_norm": logistic, "hinge": hinge, "ipo": ipo, "robust": robust, "exo": exo, "nca": nca,
-    "bco": bco, "sppo": sppo, "aot": logistic, "aot_paired": logistic, "apo_zero": apo_zero, "apo_down": apo_down,
-    "discopop": discopop, "cpo": logistic, "simpo": logistic, "alphapo": logistic, "orpo": _orpo,
-    "tpo": logistic, "rrhf": rrhf, "pro": pro, "lipo": _lipo,
-    "kto": kto, "apo_zero_unpaired": apo_zero_unpaired, "bco_unpaired": bco_unpaired,
-}  # fmt: skip
-"""Of the scores of both sides; of scores and rewards [P, K]; or of scores and labels."""
+    **{name: losses.TABLE[name].function for name in OBJECTIVES},
+    "aot": losses.logistic,  # sorted here, over the whole step
+    "aot_paired": losses.logistic,
+    "alphapo": losses.logistic,  # listed is what makes its score
+    "orpo": _orpo,
+    "lipo": _lipo,
+}
+"""Of the scores of both sides; of scores and rewards [P, K]; or of scores and labels: what `losses.TABLE` lists, but for
+five."""
 OWN = ("beta", "label_smoothing", "gamma", "tau", "desirable_weight", "undesirable_weight")
 """The parameters that these functions take; the others shape the scores, or the sum of what is minimised."""
 
@@ -138,7 +123,7 @@ class PreferenceMethod(LogProbs):
         best = sum(sum(item.rows[self.best].target) for item in self.now)  # the NLL's tokens, the only loss per token
         units = tuple(tuple(range(i, i + K)) for i in range(0, len(rows), K))
         self.whole = self._whole_step(step, rows) if self.objective.whole_step else ()
-        counts = Counts(tokens=best, sequences=len(rows), pairs=len(self.now))
+        counts = losses.Counts(tokens=best, sequences=len(rows), pairs=len(self.now))
         return Batch(rows, units, counts, samples=tuple(item.sample for item in self.now[:1]))
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -165,12 +150,12 @@ class PreferenceMethod(LogProbs):
         scores_PK = self._scores(sums_R, target_T, sequence_T, items).view(-1, K)
         loss_P = self._losses(scores_PK, items, at_P)
         if stage.weighting:
-            weight_R = wpo_weight(logps_T, outputs[1], target_T, sequence_T, R)
+            weight_R = losses.wpo_weight(logps_T, outputs[1], target_T, sequence_T, R)
             loss_P = loss_P * weight_R.view(-1, K).prod(1)
-        loss = reduce_pairs(loss_P, counts)
+        loss = losses.reduce_pairs(loss_P, counts)
         if stage.nll_weight:
             is_best_T = target_T & (sequence_T % K == self.best)
-            loss = loss + stage.nll_weight * reduce_tokens(nll(logps_T), is_best_T, counts)
+            loss = loss + stage.nll_weight * losses.reduce_tokens(losses.nll(logps_T), is_best_T, counts)
         whole_R = _sums(logps_T.detach(), target_T, sequence_T, R, None)
         return loss, self._metrics(scores_PK.detach(), whole_R.view(-1, K), items, counts)
 
@@ -182,14 +167,16 @@ class PreferenceMethod(LogProbs):
             sums_R = sums_R - torch.tensor(reference, dtype=sums_R.dtype)
         if stage.divergence is not None:
             shape: dict[str, float] = {} if stage.alpha is None else {"alpha": stage.alpha}
-            sums_R = divergence(sums_R, stage.divergence, **shape)
+            sums_R = losses.divergence(sums_R, stage.divergence, **shape)
         if self.objective.score == "sum":
             return sums_R
         tokens_R = _sums(torch.ones_like(target_T, dtype=sums_R.dtype), target_T, sequence_T, len(sums_R), None)
         means_R = sums_R / tokens_R
         if self.objective.score == "odds":
-            return log_odds(means_R)
-        return means_R if self.objective.score == "mean" else alpha_length(means_R, alpha=stage.parameters["alpha"])
+            return losses.log_odds(means_R)
+        if self.objective.score == "alpha":
+            return losses.alpha_length(means_R, alpha=stage.parameters["alpha"])
+        return means_R
 
     def _losses(self, scores_PK: Tensor, items: Sequence[Judged], at_P: Tensor) -> Tensor:
         """`loss_P`."""
@@ -219,10 +206,10 @@ class PreferenceMethod(LogProbs):
         reference = [x for item in now for x in item.reference[self.stage.width if apart else 0 :]]
         ratios = sums - torch.tensor(reference, dtype=torch.float64)
         if apart:
-            return (kto_kl(ratios),)
+            return (losses.kto_kl(ratios),)
         if loss == "bco_unpaired":
             before, count = self.means.get(step - 1, 0.0), step * self.stage.batch_size
-            after, _ = running_mean(before, count, self.own["beta"] * ratios)
+            after, _ = losses.running_mean(before, count, self.own["beta"] * ratios)
             self.means = {step - 1: before, step: after}
             return (torch.tensor(after, dtype=torch.float64),)
         chosen_P, rejected_P = ratios.view(-1, 2).unbind(1)
@@ -235,7 +222,7 @@ class PreferenceMethod(LogProbs):
         return (_ranked_as(margins_P, of_reference_P) - of_reference_P,)
 
     def _metrics(
-        self, scores_PK: Tensor, logps_PK: Tensor, items: Sequence[Judged], counts: Counts
+        self, scores_PK: Tensor, logps_PK: Tensor, items: Sequence[Judged], counts: losses.Counts
     ) -> dict[str, float]:
         scale = self.own.get("beta", 1.0)
         if self.objective.of == "answers":
@@ -255,14 +242,14 @@ class PreferenceMethod(LogProbs):
             "chosen_logp": logps_PK[:, 0],
             "rejected_logp": logps_PK.gather(1, last_P).squeeze(1),
         }
-        return {name: reduce_pairs(value_P, counts).item() for name, value_P in shares.items()}
+        return {name: losses.reduce_pairs(value_P, counts).item() for name, value_P in shares.items()}
 
 
 def _sums(logps_T: Tensor, target_T: Tensor, sequence_T: Tensor, R: int, length_alpha: float | None) -> Tensor:
     """[R]: what the target tokens of each row sum up to, those beyond the other side's length by `length_alpha`."""
     if length_alpha is not None and length_alpha < 1:
-        return desensitised(logps_T, target_T, sequence_T, alpha=length_alpha)
-    return segment_sum(logps_T[target_T], sequence_T[target_T], R)
+        return losses.desensitised(logps_T, target_T, sequence_T, alpha=length_alpha)
+    return losses.segment_sum(logps_T[target_T], sequence_T[target_T], R)
 
 
 def _ranked_as(values_P: Tensor, others_P: Tensor) -> Tensor:
@@ -367,7 +354,7 @@ def judged_on_policy(
         of: sum(map(len, made)),
         "correct": sum(s.outcome == "correct" for s in scores) / len(scores),
     }
-    return made, ledger, facts
+    return made, ledger + spent(scores), facts
 
 
 def referred(
