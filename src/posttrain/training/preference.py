@@ -75,8 +75,8 @@ FUNCTIONS: dict[Loss, Callable[..., Tensor]] = {
     "orpo": _orpo,
     "lipo": _lipo,
 }
-"""Of the scores of both sides; of scores and rewards [P, K]; or of scores and labels: what `losses.TABLE` lists, but for
-five."""
+"""Of the scores of both sides; of scores and rewards [P, K]; or of scores and labels: what `losses.TABLE` lists, but
+for five."""
 OWN = ("beta", "label_smoothing", "gamma", "tau", "desirable_weight", "undesirable_weight")
 """The parameters that these functions take; the others shape the scores, or the sum of what is minimised."""
 
