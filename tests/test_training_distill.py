@@ -22,7 +22,7 @@ from posttrain.records import Example, UserError
 from posttrain.sampling.local import LocalSampler
 from posttrain.training import distill
 from posttrain.training.distill import DistillMethod, taught, teach, teacher_of, token_divergences
-from posttrain.training.loop import _gradient, train
+from posttrain.training.loop import gradient, train
 from posttrain.training.world import ALONE
 
 COMMON = {
@@ -95,7 +95,7 @@ def test_a_step_is_the_definition_however_it_is_cut(name: str, monkeypatch: pyte
     norm = gradients(student)
     assert max(float(g.abs().max()) for g in norm) > 1e-3
     for budget in (4096, 16):
-        found, _ = _gradient(student, method, batch, ALONE, budget)
+        found, _ = gradient(student, method, batch, ALONE, budget)
         assert found["loss"] == pytest.approx(loss.item(), rel=1e-6)
         for a, b in zip(gradients(student), norm, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)

@@ -41,8 +41,9 @@ from posttrain.models.policy import Policy
 from posttrain.recipe.blocks import Lora, Sampling
 from posttrain.records import Example, Rollout, Score, UserError
 from posttrain.sampling.local import LocalSampler
+from posttrain.training import loop
 from posttrain.training.batch import Batch, Method
-from posttrain.training.loop import _gradient, train, trained
+from posttrain.training.loop import train, trained
 from posttrain.training.preference import (
     PreferenceMethod,
     judged_from_data,
@@ -109,7 +110,7 @@ def agree(policy: Policy, naive: Policy, rows: list[dict[str, Any]], steps: list
 
 def gradient(policy: Policy, method: Method, batch: Batch, stage: Any) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Loss and metrics of the step, and its gradient."""
-    found, _ = _gradient(policy, method, batch, ALONE, stage.tokens_per_forward)
+    found, _ = loop.gradient(policy, method, batch, ALONE, stage.tokens_per_forward)
     counted = {name: counts for name, counts in found.items() if isinstance(counts, dict)}
     flat = {f"{name} {label}": n for name, counts in counted.items() for label, n in counts.items()}
     flat |= {name: value for name, value in found.items() if name not in counted}
@@ -317,7 +318,7 @@ def test_a_text_of_one_token_is_no_error():
     data = prepared([Example("t", text="")])
     method = sft(stage_of("sft", batch_size=1), data)
     policy = policy64()
-    found, _ = _gradient(policy, method, method.batch(0), ALONE, 1024)
+    found, _ = loop.gradient(policy, method, method.batch(0), ALONE, 1024)
     assert found["loss"] == 0
 
 

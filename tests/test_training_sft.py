@@ -17,7 +17,7 @@ from posttrain.models.policy import Policy
 from posttrain.recipe.blocks import Data
 from posttrain.recipe.supervised import ContinuedPretraining, Sft
 from posttrain.records import UserError
-from posttrain.training.loop import _gradient, train
+from posttrain.training.loop import gradient, train
 from posttrain.training.sft import SftMethod
 from posttrain.training.world import ALONE
 
@@ -57,7 +57,7 @@ def test_dft_has_the_gradient_of_minus_the_probability(budget: int) -> None:
     policy = tiny_policy(dtype=torch.float64)
     method = SftMethod(stage_of("sft", loss="dft"), prepared(answered()), SEED)
     batch = method.batch(0)
-    found, _ = _gradient(policy, method, batch, ALONE, budget)
+    found, _ = gradient(policy, method, batch, ALONE, budget)
     ours = gradients(policy)
     of_targets = torch.cat([logps(policy, r.context, r.completion)[torch.tensor(r.target)] for r in batch.rows])
     assert found["loss"] == pytest.approx(-(of_targets.exp() * of_targets).mean().item(), rel=1e-10)

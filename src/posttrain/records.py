@@ -55,6 +55,33 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True)
+class Ledger:
+    """What something cost. Additive: the ledger of a whole is the sum over its parts."""
+
+    prompt_tokens: int = 0
+    """Prompt tokens computed by the sampler."""
+    cached_tokens: int = 0
+    """Prompt tokens that a completion could share instead of computing them."""
+    generated_tokens: int = 0
+    reward_tokens: int = 0
+    """Tokens that rewards which are models read, and those that a judge wrote."""
+    trained_tokens: int = 0
+    """Tokens put through forward and backward."""
+    shared_tokens: int = 0
+    """Tokens that one-sequence-at-a-time training would have computed again and the Forest did not."""
+    target_tokens: int = 0
+    """Tokens that carried loss."""
+    flops: float = 0.0
+    seconds: float = 0.0
+
+    def __add__(self, other: Ledger) -> Ledger:
+        return Ledger(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+    def __sub__(self, other: Ledger) -> Ledger:
+        return Ledger(*(a - b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
 class Score:
     """What a reward says of one completion. `value` is None where it could not be scored: never a silent 0."""
 
@@ -65,6 +92,8 @@ class Score:
     why: str = ""
     parts: Mapping[str, float] = field(default_factory=dict)
     """What each reward gave, by its name and before its weight, where the value is made of several."""
+    cost: Ledger = field(default=Ledger(), compare=False, repr=False)
+    """What having it cost, where a model was asked. Of answers scored together, the first bears the cost of all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,28 +124,6 @@ class Rollout:
     def sampled(self) -> int:
         """Tokens that the model sampled."""
         return sum(self.target)
-
-
-@dataclass(frozen=True, slots=True)
-class Ledger:
-    """What something cost. Additive: the ledger of a whole is the sum over its parts."""
-
-    prompt_tokens: int = 0
-    """Prompt tokens computed by the sampler."""
-    cached_tokens: int = 0
-    """Prompt tokens that a completion could share instead of computing them."""
-    generated_tokens: int = 0
-    trained_tokens: int = 0
-    """Tokens put through forward and backward."""
-    shared_tokens: int = 0
-    """Tokens that one-sequence-at-a-time training would have computed again and the Forest did not."""
-    target_tokens: int = 0
-    """Tokens that carried loss."""
-    flops: float = 0.0
-    seconds: float = 0.0
-
-    def __add__(self, other: Ledger) -> Ledger:
-        return Ledger(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ from posttrain.models.disk import write_text
 from posttrain.models.policy import Policy
 from posttrain.pipeline.stages import Job, Say, Trainer, learn
 from posttrain.recipe.preference import OnlinePreference, Preference, SelfRewarding
-from posttrain.recipe.rl import Ppo, RejectionSampling, Rl
+from posttrain.recipe.rl import RejectionSampling, Rl
 from posttrain.recipe.supervised import Distill
 from posttrain.records import Failure, Ledger, UserError
 from posttrain.training.world import Distributed
@@ -115,8 +115,6 @@ def cluster(address: str, layout: Layout) -> Iterator[Trainer]:
 
 def _train(layout: Layout, gpus: bool, job: Job, start: Policy, say: Say) -> tuple[Ledger, dict[str, Any]]:
     """A `Trainer`: the workers train, and `start` gets the weights that they wrote."""
-    if isinstance(job.stage, Ppo):  # its critic is no part of the model that is cut over the workers
-        raise UserError(f"stage {job.stage.id!r}: ppo trains in one process; leave --cluster out, or take grpo")
     if isinstance(job.stage, Rl) and job.stage.endpoint is not None:
         raise UserError(f"stage {job.stage.id!r}: on a cluster rollouts come from its actors; leave `endpoint` out")
     if isinstance(job.stage, Rl) and job.stage.environment is not None:

@@ -6,6 +6,7 @@ from posttrain.credit.gae import gae
 from posttrain.credit.grpo import advantages, grpo
 from posttrain.credit.minillm import minillm
 from posttrain.credit.pairs import best_and_worst, pairs, rankings
+from posttrain.credit.prime import process_returns
 from posttrain.credit.reinforce import reinforce, whiten
 from posttrain.credit.rloo import leave_one_out, rloo
 
@@ -22,6 +23,7 @@ __all__ = [
     "leave_one_out",
     "minillm",
     "pairs",
+    "process_returns",
     "rankings",
     "reinforce",
     "rloo",

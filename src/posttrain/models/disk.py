@@ -76,6 +76,11 @@ def _sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """As `write_bytes`, in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file that is seen whole or not at all.
 
     Raises:
@@ -84,7 +89,7 @@ def write_text(path: Path, text: str) -> None:
     work = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        work.write_text(text, encoding="utf-8")
+        work.write_bytes(content)
         _sync(work)
         os.replace(work, path)
     except OSError as error:

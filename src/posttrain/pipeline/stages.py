@@ -27,7 +27,7 @@ from posttrain.pipeline.folder import digest, read_json, write_json
 from posttrain.pipeline.memory import fit
 from posttrain.recipe.objectives import OBJECTIVES
 from posttrain.recipe.preference import OnlinePreference, Preference, SelfRewarding
-from posttrain.recipe.rewards import Rewarded
+from posttrain.recipe.rewards import STAGE, Rewarded
 from posttrain.recipe.rl import Grpo, RejectionSampling, Rl
 from posttrain.recipe.schema import Stage
 from posttrain.recipe.scoring import ProcessRewardModel, RewardModel, ScoringStage
@@ -67,6 +67,7 @@ from posttrain.training.process_reward import (
 )
 from posttrain.training.rejection import RejectionMethod
 from posttrain.training.reward import RewardMethod, ends, hold_out, preferred
+from posttrain.training.rollouts import shared
 from posttrain.training.self_rewarding import SelfRewardingMethod
 from posttrain.training.sft import SftMethod
 from posttrain.training.world import ALONE, World
@@ -109,6 +110,8 @@ def learn(job: Job, start: Policy, say: Say, sampler: Sampler, world: World = AL
     stage = job.stage
     method, before, facts = _method(job, start, sampler, world)
     ledger = train(start, method, stage, job.folder, job.seed, lambda row: say.step(stage, row), say.line, world)
+    if isinstance(method, PpoMethod) and world.rank == 0:
+        method.save(job.folder)
     return before + ledger, facts
 
 
@@ -320,15 +323,18 @@ def _method(job: Job, start: Policy, sampler: Sampler, world: World) -> tuple[Me
             renderer = Renderer(start.tokenizer, system=stage.data.system)
             budget = Budget(stage.environment.tokens, context=start.context)
             sampler = EpisodeSampler(make(stage.environment), sampler, renderer, budget)
-        score = _scorer(stage, data, start, folder)
+        score = _scorer(stage, data, start, folder, world)
         if isinstance(stage, Grpo):
             return GrpoMethod(stage, data, start, sampler, score, seed, world), Ledger(), {}
-        return PpoMethod(stage, data, start, sampler, score, seed, world), Ledger(), {}
+        ppo = PpoMethod(stage, data, start, sampler, score, seed, world)
+        if stage.critic is not None:
+            ppo.take(folder.parent / stage.critic.removeprefix(STAGE))
+        return ppo, Ledger(), {}
     if isinstance(stage, OnlinePreference):
-        score = _scorer(stage, data, start, folder)
+        score = _scorer(stage, data, start, folder, world)
         return OnlineMethod(stage, data, start, sampler, score, seed, world), Ledger(), {}
     if isinstance(stage, RejectionSampling):
-        score = _scorer(stage, data, start, folder)
+        score = _scorer(stage, data, start, folder, world)
         return RejectionMethod(stage, data, start, sampler, score, folder, seed, world), Ledger(), {}
     if isinstance(stage, SelfRewarding):
         return SelfRewardingMethod(stage, data, start, sampler, folder, seed, world), Ledger(), {}
@@ -339,7 +345,7 @@ def _method(job: Job, start: Policy, sampler: Sampler, world: World) -> tuple[Me
             if stage.on_policy is None:
                 ledger, judged = Ledger(), judged_from_data(start, stage, data, seed)
             else:
-                scored = _scorer(stage, data, start, folder)
+                scored = _scorer(stage, data, start, folder, world)
                 judged, ledger, facts = judged_on_policy(stage, data, sampler, scored, seed)
             judged, by = referred(start, stage, judged, world)
         if world.rank == 0:
@@ -351,7 +357,7 @@ def _method(job: Job, start: Policy, sampler: Sampler, world: World) -> tuple[Me
     return PreferenceMethod(stage, data, seed, judged, start, world), Ledger(**made["ledger"]), made["facts"]
 
 
-def _scorer(stage: StageBase, data: Prepared, start: Policy, folder: Path) -> Scorer:
+def _scorer(stage: StageBase, data: Prepared, start: Policy, folder: Path, world: World = ALONE) -> Scorer:
     rewarded = _rewarded(stage)
     assert rewarded is not None
     return build(
@@ -359,6 +365,7 @@ def _scorer(stage: StageBase, data: Prepared, start: Policy, folder: Path) -> Sc
         Renderer(start.tokenizer, system=stage.data.system),
         max_unscored=rewarded.max_unscored,
         examples=[row.example for rows in data.rows for row in rows],
+        among=partial(shared, world=world),
     )
 
 

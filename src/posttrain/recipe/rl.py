@@ -174,6 +174,19 @@ READ: dict[str, dict[str, tuple[str, ...]]] = {
 """Which keys of a grpo stage each value of another one reads; those that its value does not read must not be set."""
 
 
+class Prime(Block):
+    """Process rewards from a model that learns, while the policy is trained, which answers are right (PRIME, Cui et al.,
+    2502.01456): a second set of the weights that the policy trains, and as many of its optimiser's numbers."""
+
+    beta: float = Field(
+        0.05, gt=0, description="A token earns this times its log-ratio of that model to the stage's starting model."
+    )
+    gamma: float = Field(1.0, gt=0, le=1, description="Discount of a process reward for each token before it.")
+    lr: float = Field(
+        1e-4, gt=0, description="Learning rate of that model, constant; twice the policy's in the paper."
+    )
+
+
 class Grpo(Rl):
     """Policy gradient on groups of completions (Shao et al., 2402.03300) in its many forms, no critic."""
 
@@ -189,6 +202,11 @@ class Grpo(Rl):
         "group",
         description="What a completion is worth: its reward above the group's mean, above the mean of the others "
         "(RLOO, 2402.14740), or against all of the step (REINFORCE++, 2501.03262).",
+    )
+    prime: Prime | None = Field(
+        None,
+        description="Add to what a token is worth by the outcome what process rewards say of it, of a model that is "
+        "learned on the way (PRIME); advantage must be leave_one_out.",
     )
     baseline_std: Literal["group", "batch", "none"] = Field(
         "group", description="What the reward above the group's mean is divided by; none is Dr. GRPO (2503.20783)."
@@ -240,6 +258,8 @@ class Grpo(Rl):
                     problems.append(((other,), what + (f"; it reads {', '.join(mine)}" if mine else "")))
         if self.n == 1 and (self.advantage != "whitened" or self.max_draws > 1):
             problems.append((("n",), "one completion has nothing to be compared with; take 2 or more"))
+        if self.prime is not None and self.advantage != "leave_one_out":
+            problems.append((("advantage",), "must be leave_one_out, to which prime adds its process rewards"))
         if self.max_draws > 1 and self.staleness:
             problems.append((("max_draws",), "a sampler that is asked ahead cannot know what more will be needed"))
         if self.kl_weight and self.kl_in == "loss":
@@ -264,6 +284,11 @@ class Ppo(Rl):
     gamma: float = Field(1.0, gt=0, le=1, description="Discount of a token's reward for each token before it.")
     gae_lambda: float = Field(
         0.95, ge=0, le=1, description="Generalised advantage estimation (1506.02438): 0 trusts the critic, 1 rewards."
+    )
+    critic: str | None = Field(
+        None,
+        pattern=r"^stage:",
+        description="stage:ID, an earlier ppo stage whose critic this one goes on with; null: it begins at 0 everywhere.",
     )
     value_weight: float = Field(0.1, gt=0, description="Weight of the critic's loss.")
     value_clip: float | None = Field(

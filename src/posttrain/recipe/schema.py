@@ -140,6 +140,11 @@ class Recipe(Block):
             for path, reward in _rewards(stage):
                 if what := _no_stage(reward, self.stages[:i]):
                     problems.append((("stages", i, *path, "source"), what))
+            if isinstance(stage, Ppo) and stage.critic is not None:
+                critics = [earlier.id for earlier in self.stages[:i] if isinstance(earlier, Ppo)]
+                if (name := stage.critic.removeprefix(STAGE)) not in critics:
+                    what = f"{name!r} is no earlier ppo stage (there are: {', '.join(critics) or 'none'})"
+                    problems.append((("stages", i, "critic"), what))
             stages.append(stage.id)
             if not isinstance(stage, ScoringStage):
                 writers.append(stage.id)

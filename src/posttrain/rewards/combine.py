@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from posttrain.records import Rollout, Score
-from posttrain.rewards.protocol import Scorer, guarded
+from posttrain.rewards.protocol import Scorer, guarded, spent
 
 How = Literal["mean", "worst", "penalised"]
 
@@ -80,10 +80,11 @@ def combined(parts: Sequence[Part], ensembles: Sequence[Ensemble] = ()) -> Score
         kept = values if len(scores) > 1 else {}
         said = {name: got for name, got in scores.items() if got.why and (got.value is None or not unscored)}
         told = "; ".join(f"{name}: {got.why}" for name, got in said.items()) if len(scores) > 1 else first.why
+        cost = spent(list(scores.values()))
         if unscored:
-            return Score(None, "error", first.extracted, told, kept)
+            return Score(None, "error", first.extracted, told, kept, cost)
         if shut:
-            return Score(min(total, 0.0), "wrong", first.extracted, told, kept)
-        return Score(total, first.outcome, first.extracted, told, kept)
+            return Score(min(total, 0.0), "wrong", first.extracted, told, kept, cost)
+        return Score(total, first.outcome, first.extracted, told, kept, cost)
 
     return score

@@ -8,10 +8,9 @@ from functools import partial
 from posttrain.data.chat import Renderer
 from posttrain.forest import Row, token_logprobs
 from posttrain.models.policy import Policy
-from posttrain.models.reward import read
-from posttrain.records import UserError
+from posttrain.records import Ledger, UserError
 from posttrain.rewards.protocol import Scorer
-from posttrain.rewards.rows import TOKENS, Rows, by_rows, every, graded, same_tokens
+from posttrain.rewards.rows import TOKENS, Rows, by_rows, graded, reader, same_tokens
 
 
 def implicit_scorer(
@@ -19,7 +18,7 @@ def implicit_scorer(
 ) -> Scorer:
     """beta log(pi / ref) of an answer, nats times beta: what DPO trains a policy to make the reward (Rafailov et al.,
     2305.18290, eq. 5, which leaves out a term of the prompt alone). Its parts at each token are a process reward
-    (Yuan et al., 2412.01981).
+    (Yuan et al., 2412.01981). Of an episode it is the sum over what the model wrote, not over what tools said.
 
     Args:
         policy, reference: a model and what it was trained from, of one tokenizer.
@@ -34,8 +33,11 @@ def implicit_scorer(
             "different tokens; name a model and the one it was trained from"
         )
 
-    def ratios(rows: Sequence[Row]) -> list[list[float]]:
-        of = (read(partial(token_logprobs, model.model), rows, tokens) for model in (policy, reference))
-        return [[beta * (p - q) for p, q in zip(*row, strict=True)] for row in zip(*of, strict=True)]
+    asked = [reader(model, partial(token_logprobs, model.model), tokens, logits=True) for model in (policy, reference)]
 
-    return by_rows(Rows(policy, renderer, every, ended=False), ratios, lambda values: graded(sum(values), 0.0))
+    def ratios(rows: Sequence[Row]) -> tuple[list[list[float]], Ledger]:
+        (ours, cost), (theirs, other) = (ask(rows) for ask in asked)
+        apart = [[beta * (p - q) for p, q in zip(*row, strict=True)] for row in zip(ours, theirs, strict=True)]
+        return apart, cost + other
+
+    return by_rows(Rows(policy, renderer, None, ended=False), ratios, lambda values: graded(sum(values), 0.0))

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from posttrain.credit.batch import groups
 from posttrain.recipe.blocks import Sampling
 from posttrain.records import Example, Ledger, Rollout, Score, UserError
-from posttrain.rewards.protocol import Scorer
+from posttrain.rewards.protocol import Scorer, as_reward, charged
 from posttrain.rewards.rows import graded
 from posttrain.sampling.protocol import Sampler, attempted
 
@@ -98,7 +98,9 @@ class Judge:
         """What all judging so far has cost."""
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Score]:
-        return [self.score(said) for said in self.judgements(rollouts)]
+        before = self.ledger
+        scores = [self.score(said) for said in self.judgements(rollouts)]
+        return charged(scores, as_reward(self.ledger - before))
 
     def judgements(self, rollouts: Sequence[Rollout]) -> list[list[Rollout] | UserError]:
         """What the judge says of each, `draws` times; or why it cannot be asked: it has no room for the question."""
@@ -218,6 +220,7 @@ def tournament(judge: PairJudge) -> Scorer:
     """
 
     def score(rollouts: Sequence[Rollout]) -> list[Score]:
+        before = judge.ledger
         pairs = [(a, b) for group in groups(rollouts) for k, a in enumerate(group) for b in group[k + 1 :]]
         verdicts = judge([(rollouts[a], rollouts[b]) for a, b in pairs])
         bias = judge.bias()
@@ -227,12 +230,13 @@ def tournament(judge: PairJudge) -> Scorer:
             if verdict.first is not None:
                 won[a].append(verdict.first)
                 won[b].append(1 - verdict.first)
-        return [
+        scores = [
             graded(fmean(of), 0.5, f"of {len(of)} comparisons; {told}")
             if of
             else Score(None, "unparsed", why="no comparison with another answer of its group could be read")
             for of in won
         ]
+        return charged(scores, as_reward(judge.ledger - before))
 
     return score
 

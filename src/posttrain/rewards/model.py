@@ -6,9 +6,9 @@ from functools import partial
 
 from posttrain.data.chat import Renderer
 from posttrain.models.policy import Policy
-from posttrain.models.reward import load_reward_model, marked, read
+from posttrain.models.reward import load_reward_model, marked
 from posttrain.rewards.protocol import Scorer
-from posttrain.rewards.rows import TOKENS, Rows, by_rows, graded, last
+from posttrain.rewards.rows import TOKENS, Rows, by_rows, graded, last, reader
 
 
 def model_scorer(source: str, renderer: Renderer, *, revision: str | None = None, device: str = "auto") -> Scorer:
@@ -23,7 +23,5 @@ def model_scorer(source: str, renderer: Renderer, *, revision: str | None = None
 def scored_by(model: Policy, renderer: Renderer, tokens: int = TOKENS) -> Scorer:
     """A scorer by a loaded reward model: its number at the token that ends the answer, in its own units. Passes hold
     about `tokens`, and a prompt is computed once for the answers to it that meet in one."""
-    rows = Rows(model, renderer, last)
-    return by_rows(
-        rows, partial(read, partial(marked, model.model), budget=tokens), lambda values: graded(values[0], 0.0)
-    )
+    ask = reader(model, partial(marked, model.model), tokens)
+    return by_rows(Rows(model, renderer, last), ask, lambda values: graded(values[0], 0.0))

@@ -15,11 +15,11 @@ from posttrain.data.chat import Renderer
 from posttrain.data.steps import SEPARATOR, split_steps, step_ends
 from posttrain.forest import Forest
 from posttrain.models.policy import Policy
-from posttrain.models.reward import load_reward_model, marked, read
+from posttrain.models.reward import load_reward_model, marked
 from posttrain.recipe.blocks import Sampling
 from posttrain.records import Example, Ledger, Rollout, Score
-from posttrain.rewards.protocol import Scorer
-from posttrain.rewards.rows import TOKENS, Rows, by_rows, graded
+from posttrain.rewards.protocol import Scorer, spent
+from posttrain.rewards.rows import TOKENS, Rows, by_rows, graded, reader
 from posttrain.sampling.protocol import Sampler, completion_text
 
 T = TypeVar("T")
@@ -67,7 +67,7 @@ def scored_by_steps(
             return Score(0.0, "unparsed", why="no step: the answer is blank")
         return graded(AGGREGATES[aggregate](chances), 0.5, f"steps: {' '.join(f'{chance:.3f}' for chance in chances)}")
 
-    return by_rows(Rows(model, renderer, marks), partial(read, partial(chances_at, model.model), budget=tokens), score)
+    return by_rows(Rows(model, renderer, marks), reader(model, partial(chances_at, model.model), tokens), score)
 
 
 def chances_at(model: nn.Module, forest: Forest) -> Tensor:
@@ -102,7 +102,7 @@ def label_steps(
         sampler: draws from the model that completes; `renderer` is that model's, and its own.
 
     Returns:
-        An example for each solution, `completion` holding its steps; and what sampling cost.
+        An example for each solution, `completion` holding its steps; and what sampling and scoring cost.
     """
     ends = [step_ends(solution.ids, renderer.decode, separator) for solution in solutions]
     begun = [(s, end + 1) for s, those in enumerate(ends) for end in those[:-1]]
@@ -122,7 +122,7 @@ def label_steps(
         steps = split_steps(renderer.decode(solution.ids), separator)
         completion = tuple({"role": "assistant", "content": step} for step in steps)
         examples.append(replace(solution.example, completion=completion, step_labels=tuple(labels)))
-    return examples, ledger
+    return examples, ledger + spent(scores)
 
 
 def _label(scores: Sequence[Score], hard: bool) -> float | None:

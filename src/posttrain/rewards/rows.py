@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from posttrain.data.chat import Renderer
 from posttrain.data.shapes import Malformed
-from posttrain.forest import Row
+from posttrain.forest import Forest, Row
+from posttrain.models.cost import forward_flops_per_token
 from posttrain.models.policy import Policy
+from posttrain.models.reward import read
 from posttrain.models.template import end_of_turn
-from posttrain.records import Rollout, Score, UserError
-from posttrain.rewards.protocol import Scorer
+from posttrain.records import Ledger, Rollout, Score, UserError
+from posttrain.rewards.protocol import Scorer, charged
 
 TOKENS = 4096
 """Of one forward pass, where nothing is kept for a gradient."""
+Reader = Callable[[Sequence[Row]], tuple[list[list[float]], Ledger]]
+"""Gives for each row what a model says at its target tokens, and what reading them all cost."""
 
 
 def same_tokens(a: Any, b: Any) -> bool:
@@ -39,12 +46,12 @@ class Rows:
         self,
         model: Policy,
         renderer: Renderer,
-        marks: Callable[[Sequence[int]], Sequence[bool]],
+        marks: Callable[[Sequence[int]], Sequence[bool]] | None,
         ended: bool = True,
     ) -> None:
         self.context = model.context
         self.marks = marks
-        """Which tokens of an answer are read."""
+        """Which tokens of an answer are read; where it is None, all that the model wrote, not what it was told."""
         own = (end_of_turn(model.tokenizer), model.tokenizer.eos_token_id)
         self.ends = [token for token in own if token is not None] if ended else []
         self.renderer: Renderer | None = None
@@ -60,16 +67,16 @@ class Rows:
 
     def __call__(self, rollout: Rollout) -> Row:
         """Malformed where the rollout cannot be rendered or is longer than the model's context."""
-        prompt, ids = rollout.prompt_ids, rollout.ids
+        prompt, ids, written = rollout.prompt_ids, rollout.ids, rollout.target
         if self.renderer is not None:
             answer = {"role": "assistant", "content": rollout.text}
             (rendered,) = self.renderer.render(dataclasses.replace(rollout.example, completion=(answer,), rejected=()))
-            prompt, ids = rendered.prompt_ids, rendered.completion_ids
+            prompt, ids, written = rendered.prompt_ids, rendered.completion_ids, rendered.completion_target
         elif self.ends and ids[-1] not in self.ends:
-            ids = (*ids, self.ends[0])
+            ids, written = (*ids, self.ends[0]), (*written, True)
         if len(prompt) + len(ids) > self.context:
             raise Malformed(f"{len(prompt) + len(ids)} tokens, and the scoring model's context is {self.context}")
-        return Row(prompt, ids, tuple(self.marks(ids)))
+        return Row(prompt, ids, tuple(self.marks(ids)) if self.marks else written)
 
 
 def last(ids: Sequence[int]) -> list[bool]:
@@ -77,13 +84,26 @@ def last(ids: Sequence[int]) -> list[bool]:
     return [*[False] * (len(ids) - 1), True]
 
 
-def every(ids: Sequence[int]) -> list[bool]:
-    return [True] * len(ids)
+def reader(model: Policy, compute: Callable[[Forest], Tensor], budget: int, *, logits: bool = False) -> Reader:
+    """`models.reward.read`, with its cost; `logits` says whether `compute` makes those of target tokens."""
+
+    def reads(rows: Sequence[Row]) -> tuple[list[list[float]], Ledger]:
+        began, cost = time.perf_counter(), Ledger()
+
+        def counted(forest: Forest) -> Tensor:
+            nonlocal cost
+            context, targets = int(forest.position_T.max()) + 1, int(forest.target_T.sum()) if logits else 0
+            each = forward_flops_per_token(model.model.config, context, targets / len(forest))
+            cost += Ledger(reward_tokens=len(forest), flops=each * len(forest))
+            return compute(forest)
+
+        values = read(counted, rows, budget)
+        return values, cost + Ledger(seconds=time.perf_counter() - began)
+
+    return reads
 
 
-def by_rows(
-    rows: Rows, read: Callable[[Sequence[Row]], list[list[float]]], score: Callable[[list[float]], Score]
-) -> Scorer:
+def by_rows(rows: Rows, ask: Reader, score: Callable[[list[float]], Score]) -> Scorer:
     """A scorer by what a model says at the marked tokens of each row: all rows are read together, and `score` makes of
     one row's numbers a Score. What cannot be made a row is unscored, with its cause."""
 
@@ -95,7 +115,8 @@ def by_rows(
                 made[i] = rows(rollout)
             except Malformed as error:
                 found[i] = Score(None, "error", why=f"{rollout.example.id}: {error}")
-        found |= {i: score(values) for i, values in zip(made, read(list(made.values())), strict=True)}
+        values, cost = ask(list(made.values()))
+        found |= zip(made, charged([score(of_one) for of_one in values], cost), strict=True)
         return [found[i] for i in range(len(rollouts))]
 
     return scored

@@ -57,11 +57,12 @@ def build(
     max_unscored: float,
     examples: Sequence[Example] = (),
     device: str = "auto",
+    among: Callable[[Scorer], Scorer] = lambda score: score,
 ) -> Scorer:
     """One scorer of all of `rewards`, for answers by the model whose renderer is given.
 
     Rewards that are models are loaded, and prove themselves on those `examples` whose right answer is known; rules
-    prove themselves by `proven`.
+    prove themselves by `proven`. `among` shares the answers of a batch out, where several workers score it.
 
     Raises:
         UserError: a reward cannot be made, or a model is taken in by answers that say nothing.
@@ -95,7 +96,7 @@ def build(
         for reward in rewards
         if isinstance(reward, EnsembleReward)
     ]
-    return limited(combined(parts, ensembles), max_unscored)
+    return limited(among(combined(parts, ensembles)), max_unscored)
 
 
 def by_rule(reward: Reward, rule: Rule) -> Scorer:

@@ -40,14 +40,8 @@ class Batch:
     """What sampling it cost."""
 
 
-class Method(Protocol):
-    """One way to train. The loop calls `batch` once a step and `loss` once for each forward pass of it."""
-
-    period: int
-    """A checkpoint may only be taken after so many steps or a multiple: 1, or how often a batch is used."""
-
-    def batch(self, step: int) -> Batch:
-        """The same for the same step and weights, whatever ran before: a resumed run asks for it again."""
+class Objective(Protocol):
+    """What is minimised: one forward pass after another, whose parts add up."""
 
     def forward(self, model: torch.nn.Module, forest: Forest, states: States) -> Tensor:
         """What the loss needs of the model. `states` gives the hidden states [T, D] of a forest."""
@@ -57,6 +51,16 @@ class Method(Protocol):
 
         Parts add up over the passes of a step and over workers; metrics that end in _min and _max are combined so.
         """
+
+
+class Method(Objective, Protocol):
+    """One way to train. The loop calls `batch` once a step and `loss` once for each forward pass of it."""
+
+    period: int
+    """A checkpoint may only be taken after so many steps or a multiple: 1, or how often a batch is used."""
+
+    def batch(self, step: int) -> Batch:
+        """The same for the same step and weights, whatever ran before: a resumed run asks for it again."""
 
 
 @runtime_checkable

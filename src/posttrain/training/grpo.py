@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from posttrain.credit.advantages import group_advantages
-from posttrain.credit.batch import by_token, compared, groups
+from posttrain.credit.batch import at_all, at_sampled, by_token, compared, groups
+from posttrain.credit.prime import process_returns
 from posttrain.credit.reinforce import returns
 from posttrain.credit.rloo import leave_one_out
 from posttrain.forest import Forest
@@ -20,7 +21,12 @@ from posttrain.losses.reduce import Aggregate
 from posttrain.recipe.rl import Grpo
 from posttrain.records import Ledger, Rollout, Score
 from posttrain.training.batch import Batch, Metrics
+from posttrain.training.prime import ImplicitRewards
 from posttrain.training.rollouts import RolloutMethod, Scored
+
+
+PROCESS = "prime/"
+"""Before the names of what a checkpoint holds of process rewards."""
 
 
 class GrpoMethod(RolloutMethod):
@@ -38,6 +44,21 @@ class GrpoMethod(RolloutMethod):
             self.clip = clip(stage)
         # A group without signal still has something to say of where the policy has moved, and how sure it is.
         self.always = bool(stage.entropy_weight or (stage.kl_weight and stage.kl_in == "loss"))
+        self.process: ImplicitRewards | None = None
+        if stage.prime is not None:
+            origin = self.reference or self.policy.snapshot()
+            self.process = ImplicitRewards(stage, stage.prime, self.policy, origin)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, state = super().state()
+        own = self.process.state() if self.process else {}
+        return tensors | {f"{PROCESS}{name}": tensor for name, tensor in own.items()}, state
+
+    def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        own = {name: tensor for name, tensor in tensors.items() if name.startswith(PROCESS)}
+        super().restore({name: tensor for name, tensor in tensors.items() if name not in own}, state)
+        if self.process is not None:
+            self.process.restore({name.removeprefix(PROCESS): tensor for name, tensor in own.items()})
 
     def draw(self, step: int) -> tuple[list[Scored], list[Scored], Ledger]:
         """Where several draws are allowed: until there are `batch_size` groups whose rewards differ (DAPO)."""
@@ -69,9 +90,34 @@ class GrpoMethod(RolloutMethod):
                 compare = partial(group_advantages, std=stage.baseline_std, eps=stage.std_eps)
                 return by_token(rollouts, compared(rollouts, scores, compare))
             case "leave_one_out":
-                return by_token(rollouts, compared(rollouts, scores, leave_one_out))
+                outcome = by_token(rollouts, compared(rollouts, scores, leave_one_out))
+                if self.process is not None:
+                    return self._with_process(self.process, rollouts, scores, outcome)
+                return outcome
             case "whitened":
                 return returns(rollouts, scores)
+
+    def _with_process(
+        self,
+        process: ImplicitRewards,
+        rollouts: Sequence[Rollout],
+        scores: Sequence[Score],
+        outcome: Sequence[list[float] | None],
+    ) -> list[list[float] | None]:
+        """What tokens are worth by the outcome and by process rewards, added up."""
+        scored = [i for i, score in enumerate(scores) if score.value is not None]
+        right = [scores[i].outcome == "correct" for i in scored]
+        found, told, cost = process([rollouts[i] for i in scored], right, self.world)
+        self.told |= told
+        self.spent += cost
+        rewards: list[list[float] | None] = [None] * len(rollouts)
+        for i, own in zip(scored, found, strict=True):
+            rewards[i] = at_sampled(rollouts[i], own)
+        worth = process_returns(rollouts, rewards, gamma=process.prime.gamma)
+        return [
+            None if a is None or b is None else [x + y for x, y in zip(a, at_all(rollout, b), strict=True)]
+            for rollout, a, b in zip(rollouts, outcome, worth, strict=True)
+        ]
 
     def loss(self, batch: Batch, rows: Sequence[int], forest: Forest, outputs: Tensor) -> tuple[Tensor, Metrics]:
         stage, target_T, sequence_T = self.stage, forest.target_T, forest.sequence_T

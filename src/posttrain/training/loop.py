@@ -23,7 +23,7 @@ from posttrain.models.policy import Policy
 from posttrain.recipe.stage import StageBase
 from posttrain.records import Failure, Ledger, UserError, derive
 from posttrain.training import checkpoint, oracle
-from posttrain.training.batch import Batch, Method, Metrics, Stateful, interval, passes
+from posttrain.training.batch import Batch, Method, Metrics, Objective, Stateful, interval, passes
 from posttrain.training.oom import FEWER, enough_memory, halving
 from posttrain.training.optim import AdamW, adamw, clip, learning_rate, load_state, state_tensors
 from posttrain.training.world import ALONE, World, local
@@ -94,10 +94,10 @@ def train(
             torch.manual_seed(derive(seed, stage.id, "dropout", step))
             # Dropout here only: what is sampled or referred to is the policy, not a thinned one.
             with policy.adapter_dropout(), recomputing(policy.model, stage.activation_checkpointing):
-                gradient = partial(_gradient, policy, method, batch, world)
+                compute = partial(gradient, policy, method, batch, world)
                 advice = "Lower tokens_per_forward or max_length, or set activation_checkpointing: true"
                 largest = max(sizes, default=0) if alone else None
-                (found, cost), budget = halving(gradient, budget, largest, f"the steps from {step} on", advice, warn)
+                (found, cost), budget = halving(compute, budget, largest, f"the steps from {step} on", advice, warn)
             norm = clip(parameters.values(), stage.optim.max_grad_norm).item()
             finite = math.isfinite(found["loss"]) and math.isfinite(norm)
             if not finite and stage.nonfinite == "stop":
@@ -144,9 +144,9 @@ def train(
     return ledger
 
 
-def trained(policy: Policy, method: Method) -> dict[str, Parameter]:
+def trained(policy: Policy, objective: Objective) -> dict[str, Parameter]:
     """All that is trained, by name: the policy's weights and the method's own."""
-    return policy.parameters() | (method.parameters() if isinstance(method, Stateful) else {})
+    return policy.parameters() | (objective.parameters() if isinstance(objective, Stateful) else {})
 
 
 def _carried(method: Method) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -154,12 +154,14 @@ def _carried(method: Method) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return method.state() if isinstance(method, Stateful) else ({}, {})
 
 
-def _gradient(policy: Policy, method: Method, batch: Batch, world: World, budget: int) -> tuple[dict[str, Any], Ledger]:
-    """Leave the step's gradient in the parameters; returns the loss and the method's metrics, and the cost.
+def gradient(
+    policy: Policy, objective: Objective, batch: Batch, world: World, budget: int
+) -> tuple[dict[str, Any], Ledger]:
+    """Leave the step's gradient in the parameters; returns the loss and the metrics, and the cost.
 
     Its parts add up to the same however the step is cut into passes of at most `budget` tokens.
     """
-    for parameter in trained(policy, method).values():
+    for parameter in trained(policy, objective).values():
         parameter.grad = None  # of an attempt for which there was too little memory
     found: list[Metrics] = []
     cost = Ledger()
@@ -169,16 +171,25 @@ def _gradient(policy: Policy, method: Method, batch: Batch, world: World, budget
         left -= 1
         rows = [i for u in units for i in batch.units[u]]
         forest = pack([batch.rows[i] for i in rows])
-        outputs = policy.run(method.forward, forest, hidden_states, more=left > 0)
-        loss, stats = method.loss(batch, rows, forest, outputs)
+        outputs = policy.run(objective.forward, forest, hidden_states, more=left > 0)
+        loss, stats = objective.loss(batch, rows, forest, outputs)
         loss.backward()
         found.append({"loss": loss.item(), **stats})
         cost += _cost(policy, forest, sum(len(batch.rows[i]) for i in rows))
     for left in reversed(range(idle)):
         least = pack([min(batch.rows, key=len)])
-        (policy.run(method.forward, least, hidden_states, more=left > 0).sum() * 0).backward()
+        (policy.run(objective.forward, least, hidden_states, more=left > 0).sum() * 0).backward()
+    if world.size > 1 and isinstance(objective, Stateful):
+        _add_up(objective.parameters().values(), world)
     everyone = world.gather((found, cost))
     return _together([part for parts, _ in everyone for part in parts]), sum((c for _, c in everyone), Ledger())
+
+
+def _add_up(parameters: Iterable[Parameter], world: World) -> None:
+    """Weights that every worker has whole get the sum of all workers' gradients, the same on each."""
+    for parameter in parameters:
+        parts = [part for part in world.gather(parameter.grad) if part is not None]
+        parameter.grad = torch.stack(parts).sum(0) if parts else None
 
 
 def _together(parts: Sequence[Metrics]) -> dict[str, Any]:

@@ -21,10 +21,10 @@ from posttrain.losses.reduce import reduce_pairs, reduce_tokens, segment_sum
 from posttrain.models.policy import Policy
 from posttrain.recipe.preference import OnlinePreference
 from posttrain.records import Example, Ledger, Rollout, derive
-from posttrain.rewards.protocol import Scorer, finite
+from posttrain.rewards.protocol import Scorer, finite, spent
 from posttrain.sampling.protocol import Sampler
 from posttrain.training.batch import Batch, LogProbs, Metrics, asked, draws, frozen_logprobs
-from posttrain.training.rollouts import Scored, check_weights, measured
+from posttrain.training.rollouts import Scored, binned, check_on_policy, check_weights, measured
 from posttrain.training.world import ALONE, World
 
 
@@ -57,6 +57,7 @@ class OnlineMethod(LogProbs):
         self.seed, self.world, self.temperature = seed, world, stage.sampling.temperature
         self.order = draws(stage, data.rows, data.weights, seed)
         self.reference = policy.snapshot()
+        self.unchecked = stage.check_first_step
 
     def batch(self, step: int) -> Batch:
         stage = self.stage
@@ -74,7 +75,11 @@ class OnlineMethod(LogProbs):
             found = pairs(rollouts, scores, random.Random(derive(self.seed, stage.id, "ties", step)))
             members = [k for pair in found for k in pair]
             units = [(i, i + 1) for i in range(0, len(members), 2)]
-        self.others = [k % 2 for k in members]  # which are not the policy's own, where two sides are sampled
+        metrics["learned"] = len(units) / len(slots)
+        # Where two sides are sampled, the second is not the policy's own.
+        self.others = [stage.loss in ("nash_md", "xpo") and k % 2 == 1 for k in members]
+        self.behaviour = [rollouts[k].logps for k in members]
+        self.own_tokens = sum(rollouts[k].sampled for k, other in zip(members, self.others, strict=True) if not other)
         rows = tuple(as_row(rollouts[k]) for k in members)
         self.references: list[list[float]] = []
         if rows:
@@ -98,13 +103,16 @@ class OnlineMethod(LogProbs):
             with self.policy.swapped(self._rival()):
                 others, cost = self._ask(prompts, 1, "other", step)
             rollouts, ledger = [r for pair in zip(own, others, strict=True) for r in pair], ledger + cost
-        scores = self.world.gather(self.score(rollouts))[0]
-        return list(zip(rollouts, map(finite, scores), strict=True)), ledger
+        scores = [finite(score) for score in self.score(rollouts)]
+        return list(zip(rollouts, scores, strict=True)), ledger + spent(scores)
 
     def _ask(self, prompts: Sequence[Example], n: int, *names: str | int) -> tuple[list[Rollout], Ledger]:
-        seed = derive(self.seed, self.stage.id, *names)
-        rollouts, ledger = self.sampler(prompts, n, self.stage.sampling, seed)
+        stage = self.stage
+        rollouts, ledger = self.sampler(prompts, n, stage.sampling, derive(self.seed, stage.id, *names))
         check_weights(rollouts, {self.policy.digest()})
+        if self.unchecked:
+            self.unchecked = False
+            check_on_policy(stage, self.policy, rollouts, self.world)
         return rollouts, ledger
 
     def _rival(self) -> dict[str, Tensor]:
@@ -117,18 +125,17 @@ class OnlineMethod(LogProbs):
 
     def loss(self, batch: Batch, rows: Sequence[int], forest: Forest, logps_T: Tensor) -> tuple[Tensor, Metrics]:
         stage, counts, target_T = self.stage, batch.counts, forest.target_T
+        reference_T = forest.spread([self.references[r] for r in rows]).to(logps_T.dtype)
+        stats = self._own(rows, forest, logps_T.detach(), reference_T)
         if stage.loss == "nash_md":
-            reference_T = forest.spread([self.references[r] for r in rows]).to(logps_T.dtype)
             chance_T = forest.spread([[self.chances[r]] * len(self.references[r]) for r in rows]).to(logps_T.dtype)
             loss_T = nash_md(logps_T, reference_T, chance_T, target_T, beta=stage.beta)
-            apart_T = kl(logps_T.detach(), reference_T, target_T, "k1")
-            loss = reduce_tokens(loss_T, target_T, counts, how="constant", constant=1.0)
-            return loss, {"kl": reduce_tokens(apart_T, target_T, counts).item()}
+            return reduce_tokens(loss_T, target_T, counts, how="constant", constant=1.0), stats
         sums_R = segment_sum(logps_T[target_T], forest.sequence_T[target_T], len(rows))
         reference_R = torch.tensor([math.fsum(self.references[r]) for r in rows], dtype=sums_R.dtype)
         chosen_P, rejected_P = (sums_R - reference_R).view(-1, 2).unbind(1)
         if stage.loss == "xpo":
-            other_R = torch.tensor([bool(self.others[r]) for r in rows])
+            other_R = torch.tensor([self.others[r] for r in rows])
             loss_P = xpo(chosen_P, rejected_P, sums_R[other_R], beta=stage.beta, alpha=stage.alpha)
         else:
             loss_P = (logistic if stage.loss == "dpo" else ipo)(chosen_P, rejected_P, beta=stage.beta)
@@ -138,8 +145,27 @@ class OnlineMethod(LogProbs):
             "accuracy": (margin_P > 0).to(margin_P.dtype),
             "chosen_logp": logps_PK[:, 0],
             "rejected_logp": logps_PK[:, 1],
+            "chosen_ratio": chosen_P.detach(),
         }
-        return reduce_pairs(loss_P, counts), {name: reduce_pairs(value, counts).item() for name, value in told.items()}
+        stats |= {name: reduce_pairs(value, counts).item() for name, value in told.items()}
+        return reduce_pairs(loss_P, counts), stats
+
+    def _own(
+        self, rows: Sequence[int], forest: Forest, logps_T: Tensor, reference_T: Tensor
+    ) -> dict[str, float | Mapping[str, float]]:
+        """How far the policy is from the reference, and trainer from sampler, on what is learned of its own answers."""
+        own_R = torch.tensor([not self.others[r] for r in rows])
+        own_T = forest.target_T & own_R[forest.sequence_T.clamp(min=0)]
+        if not own_T.any():
+            return {}
+        behaviour_T = forest.spread([self.behaviour[r] for r in rows]).to(logps_T.dtype)
+        mismatch_N = (logps_T - behaviour_T)[own_T].exp()
+        return {
+            "kl": kl(logps_T, reference_T, own_T, "k1").sum().item() / self.own_tokens,
+            "mismatch_min": mismatch_N.min().item(),
+            "mismatch_max": mismatch_N.max().item(),
+            "mismatch_counts": binned(mismatch_N),
+        }
 
 
 def preferred(reward: float, other: float) -> float:

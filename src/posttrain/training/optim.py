@@ -63,8 +63,12 @@ def adamw(named_parameters: Iterable[tuple[str, Parameter]], optim: Optim) -> Ad
     if not trained:
         raise UserError("no parameter requires a gradient: the model is frozen; add an adapter or unfreeze it")
     groups = [
-        {"params": [(name, p) for name, p in trained if p.ndim >= 2], "weight_decay": optim.weight_decay},
-        {"params": [(name, p) for name, p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {
+            "params": [(name, p) for name, p in trained if (p.ndim >= 2) == matrix and isinstance(p, DTensor) == cut],
+            "weight_decay": optim.weight_decay if matrix else 0.0,
+        }
+        for cut in (True, False)  # what workers share and what each has whole cannot be stepped in one operation
+        for matrix in (True, False)
     ]
     fused = all(p.device.type in FUSED_DEVICES for _, p in trained)
     return AdamW(
@@ -109,16 +113,21 @@ def clip(parameters: Iterable[Parameter], max_norm: float | None) -> Tensor:
 def norm_of(tensors: Sequence[Tensor]) -> Tensor:
     """2-norm of all entries together, in float32 or better; those that other workers hold are counted."""
     device = tensors[0].device
-    parts = [
-        torch.linalg.vector_norm(local(t), dtype=torch.promote_types(t.dtype, torch.float32)).to(device)
-        for t in tensors
-    ]
-    norm = torch.linalg.vector_norm(torch.stack(parts))
-    if isinstance(tensors[0], DTensor):
-        square = norm.square()
-        dist.all_reduce(square, group=tensors[0].device_mesh.get_group())
-        norm = square.sqrt()
-    return norm
+    norms: list[Tensor] = []
+    for some in ([t for t in tensors if isinstance(t, DTensor)], [t for t in tensors if not isinstance(t, DTensor)]):
+        parts = [
+            torch.linalg.vector_norm(local(t), dtype=torch.promote_types(t.dtype, torch.float32)).to(device)
+            for t in some
+        ]
+        if not parts:
+            continue
+        norm = torch.linalg.vector_norm(torch.stack(parts))
+        if isinstance(some[0], DTensor):
+            square = norm.square()
+            dist.all_reduce(square, group=some[0].device_mesh.get_group())
+            norm = square.sqrt()
+        norms.append(norm)
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
 
 def _named(optimizer: AdamW) -> Iterator[tuple[str, Parameter]]:
@@ -138,6 +147,15 @@ def state_tensors(optimizer: AdamW) -> dict[str, Tensor]:
         for name, parameter in _named(optimizer)
         for key, value in optimizer.state.get(parameter, {}).items()
     }
+
+
+def zero_state(optimizer: AdamW) -> None:
+    """The state with which the first step begins anyway, so that it has the same names before that step as after."""
+    begun: dict[str, Tensor] = {}
+    for name, p in _named(optimizer):
+        begun |= {f"{name}/{key}": torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+        begun[f"{name}/step"] = torch.zeros(())
+    load_state(optimizer, begun)
 
 
 def load_state(optimizer: AdamW, tensors: Mapping[str, Tensor]) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from posttrain.credit.batch import as_row, at_all, at_sampled
@@ -18,11 +21,14 @@ from posttrain.forest.attention import decoder
 from posttrain.forest.logprobs import States
 from posttrain.losses import policy_gradient, reduce_tokens
 from posttrain.losses.reward import value as value_loss
+from posttrain.models.disk import write_bytes
 from posttrain.recipe.rl import Ppo
-from posttrain.records import Rollout, Score
+from posttrain.records import Rollout, Score, UserError
 from posttrain.training.batch import Batch, Metrics, frozen
 from posttrain.training.rollouts import RolloutMethod
 
+CRITIC = "critic.safetensors"
+"""In the folder of a ppo stage, beside its model: `weight` and `bias` of the critic on that model's hidden states."""
 STEERING = 0.1
 """By how much the KL weight moves for a KL that is all of its target off."""
 MOST = 0.2
@@ -35,8 +41,9 @@ class PpoMethod(RolloutMethod):
     The KL penalty is a reward of each token, the score one of the last; advantages are GAE's, whitened over the batch
     of rollouts. The critic is one linear layer on the policy's hidden states, and both losses train these.
 
-    Departures: the critic begins at 0 everywhere. Nothing is taken to come after a completion that was cut off, for
-    its score is of what stands there. Means are over the tokens of the step, not of the micro-batch.
+    Departures: the critic begins at 0 everywhere, or as an earlier stage left it. Nothing is taken to come after a
+    completion that was cut off, for its score is of what stands there. Means are over the tokens of the step, not of
+    the micro-batch.
     """
 
     stage: Ppo
@@ -52,6 +59,25 @@ class PpoMethod(RolloutMethod):
         self.critic = nn.Linear(model.config.get_text_config().hidden_size, 1, dtype=dtype, device=model.device)
         nn.init.zeros_(self.critic.weight)
         nn.init.zeros_(self.critic.bias)
+
+    def save(self, folder: Path) -> None:
+        """Write the critic as `CRITIC` in a stage's folder.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        write_bytes(folder / CRITIC, save({name: t.detach().cpu() for name, t in self.critic.state_dict().items()}))
+
+    def take(self, folder: Path) -> None:
+        """Go on with the critic that an earlier stage left in its folder.
+
+        Raises:
+            UserError: there is none that fits this model.
+        """
+        try:
+            self.critic.load_state_dict(load_file(folder / CRITIC))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise UserError(f"{folder / CRITIC}: is no critic of this model ({error}); leave `critic` out") from error
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {f"critic.{name}": parameter for name, parameter in self.critic.named_parameters()}

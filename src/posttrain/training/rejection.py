@@ -19,7 +19,7 @@ from posttrain.models.disk import write_text
 from posttrain.models.policy import Policy
 from posttrain.recipe.rl import HINT, RejectionSampling
 from posttrain.records import Example, Ledger, Rollout, UserError, derive
-from posttrain.rewards.protocol import Scorer, finite
+from posttrain.rewards.protocol import Scorer, finite, spent
 from posttrain.sampling.protocol import Sampler
 from posttrain.training.batch import Batch, LogProbs, Metrics, asked
 from posttrain.training.rollouts import Scored, Slot, check_weights, measured
@@ -148,8 +148,8 @@ class RejectionMethod(LogProbs):
         answers, ledger = self.sampler(prompts, stage.n, stage.sampling, seed)
         check_weights(answers, {digest})
         rollouts = [self._own(rollout, slots[rollout.group]) for rollout in answers]
-        scores = self.world.gather(self.score(rollouts))[0]
-        return list(zip(rollouts, map(finite, scores), strict=True)), ledger
+        scores = [finite(score) for score in self.score(rollouts)]
+        return list(zip(rollouts, scores, strict=True)), ledger + spent(scores)
 
     def _own(self, rollout: Rollout, slot: Slot) -> Rollout:
         """The same tokens after the prompt in the data."""

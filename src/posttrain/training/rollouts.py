@@ -20,9 +20,10 @@ from posttrain.forest.logprobs import States, token_statistics
 from posttrain.losses import Counts, clipped_share, importance, kl, ratio
 from posttrain.losses.policy import Level, entropy_bonus
 from posttrain.models.policy import Policy
-from posttrain.recipe.rl import Grpo, Ppo
-from posttrain.records import Failure, Ledger, Rollout, Score, derive
-from posttrain.rewards.protocol import Scorer, finite
+from posttrain.recipe.preference import OnlinePreference
+from posttrain.recipe.rl import Grpo, Ppo, Rl
+from posttrain.records import Failure, Ledger, Rollout, Score, UserError, derive
+from posttrain.rewards.protocol import Scorer, finite, spent
 from posttrain.sampling.protocol import Ahead, Answer, Sampler
 from posttrain.training.batch import Batch, LogProbs, Metrics, asked, draws, frozen_logprobs, interval
 from posttrain.training.world import ALONE, World
@@ -54,6 +55,58 @@ def check_weights(rollouts: Sequence[Rollout], allowed: Collection[str]) -> None
                 f"{rollout.example.id}: sampled with weights {rollout.weights[:12]}, and allowed are "
                 f"{', '.join(sorted(digest[:12] for digest in allowed))}; the sampler did not get the policy's weights"
             )
+
+
+def check_on_policy(
+    stage: Grpo | Ppo | OnlinePreference, policy: Policy, rollouts: Sequence[Rollout], world: World
+) -> None:
+    """Sampler and trainer must give what the weights of now have sampled one and the same probability.
+
+    Raises:
+        Failure: they do not.
+    """
+    ends = accumulate(len(r.prompt_ids) + len(r.ids) for r in rollouts)
+    some = [r for r, end in zip(rollouts, ends, strict=True) if end <= CHECKED] or rollouts[:1]
+    rows = [as_row(r) for r in some]
+    found = frozen_logprobs(policy, rows, stage.tokens_per_forward, stage.sampling.temperature, world)
+    apart = [abs(a - b) for r, logps in zip(some, found, strict=True) for a, b in zip(r.logps, logps, strict=True)]
+    mean = sum(apart) / sum(r.sampled for r in some)
+    elsewhere = isinstance(stage, Rl) and stage.endpoint is not None
+    dtype = torch.bfloat16 if elsewhere else next(policy.model.parameters()).dtype
+    if not mean <= ON_POLICY[dtype]:
+        raise Failure(
+            f"stage {stage.id!r}: the sampler's log-probabilities are {mean:.2g} nats a token from the trainer's on "
+            f"the first rollouts (allowed: {ON_POLICY[dtype]:.2g}), though both have the same weights: they do not "
+            "compute the same; please report it. `check_first_step: false` goes on regardless"
+        )
+
+
+def shared(score: Scorer, world: World) -> Scorer:
+    """`score`, which all workers of `world` call together: each has it score the answers to its share of the prompts,
+    and gets the scores of all. Answers to one prompt stay together, for some rewards compare them.
+
+    Raises:
+        UserError, Failure: what `score` raised on one worker, on all of them.
+    """
+    if world.size == 1:
+        return score
+
+    def scored(rollouts: Sequence[Rollout]) -> list[Score]:
+        mine = [i for group in groups(rollouts)[world.rank :: world.size] for i in group]
+        given: dict[int, Score] | UserError | Failure = {}
+        try:
+            if mine:
+                given = dict(zip(mine, score([rollouts[i] for i in mine]), strict=True))
+        except (UserError, Failure) as error:
+            given = error
+        found: dict[int, Score] = {}
+        for part in world.gather(given):
+            if isinstance(part, UserError | Failure):
+                raise part
+            found |= part
+        return [found[i] for i in range(len(rollouts))]
+
+    return scored
 
 
 def sampled_at(stage: Grpo | Ppo, step: int) -> int:
@@ -110,7 +163,8 @@ class RolloutMethod(LogProbs, ABC):
 
     @abstractmethod
     def credit(self, rollouts: Sequence[Rollout], scores: Sequence[Score]) -> list[list[float] | None]:
-        """What each token of each completion is worth; None for one without a score. May add to `told`, the metrics."""
+        """What each token of each completion is worth; None for one without a score. May add to `told`, the
+        metrics, and to `spent`, what the batch cost."""
 
     # What a checkpoint holds
 
@@ -142,7 +196,7 @@ class RolloutMethod(LogProbs, ABC):
             self.reference = self.policy.snapshot()
         self.digest = self.policy.digest()
         self.told: dict[str, float] = {}
-        drawn, kept, ledger = self.draw(step)
+        drawn, kept, self.spent = self.draw(step)
         rollouts, scores = [r for r, _ in kept], [s for _, s in kept]
         scored = [i for i, s in enumerate(scores) if s.value is not None]
         self.behaviour = [r.logps for r in rollouts]
@@ -169,7 +223,7 @@ class RolloutMethod(LogProbs, ABC):
         samples = tuple(
             {"prompt": asked(r.example), "text": r.text, "score": s.value, "outcome": s.outcome} for r, s in drawn[:2]
         )
-        self.parts[0] = members, dataclasses.replace(first, metrics=metrics, samples=samples, ledger=ledger)
+        self.parts[0] = members, dataclasses.replace(first, metrics=metrics, samples=samples, ledger=self.spent)
 
     def _part(self, rollouts: Sequence[Rollout], learned: Sequence[int]) -> tuple[list[int], Batch]:
         """What one step learns from, and which rollouts its rows are."""
@@ -185,25 +239,27 @@ class RolloutMethod(LogProbs, ABC):
 
     def sample(self, step: int, again: int = 0) -> tuple[list[Scored], Ledger]:
         """Rollouts for a step with their scores: its own, or the `again`-th further ones."""
+        stage = self.stage
         if again:
             slots = self._further(step, again)
             digest, answer = self.digest, self._ask(slots, "step", step, "again", again)
         else:
-            for later in range(step, self.stage.steps, self.period):
-                if sampled_at(self.stage, later) == step:  # the weights of now have to sample these
+            for later in range(step, stage.steps, self.period):
+                if sampled_at(stage, later) == step:  # the weights of now have to sample these
                     slots = self._prompts(later)
                     self.asked[later] = self.digest, slots, self._ask(slots, "step", later)
             digest, slots, answer = self.asked.pop(step)
         rollouts, ledger = answer()
         check_weights(rollouts, {digest})
         if self.unchecked and digest == self.digest:
-            self._check_on_policy(rollouts)
-        scores = [finite(score) for score in self.world.gather(self.score(rollouts))[0]]
-        if self.stage.curriculum > 1:
+            self.unchecked = False
+            check_on_policy(stage, self.policy, rollouts, self.world)
+        scores = [finite(score) for score in self.score(rollouts)]
+        if stage.curriculum > 1:
             for rollout, score in zip(rollouts, scores, strict=True):
                 right, tried = self.solved.get(slots[rollout.group], (0, 0))
                 self.solved[slots[rollout.group]] = right + (score.outcome == "correct"), tried + 1
-        return list(zip(rollouts, scores, strict=True)), ledger
+        return list(zip(rollouts, scores, strict=True)), ledger + spent(scores)
 
     def _ask(self, slots: Sequence[Slot], *names: str | int) -> Answer:
         stage = self.stage
@@ -233,26 +289,6 @@ class RolloutMethod(LogProbs, ABC):
         size, sizes = self.stage.batch_size, [len(rows) for rows in self.data.rows]
         order = schedule(sizes, self.data.weights, again * size, derive(self.seed, self.stage.id, "further", step))
         return order[-size:]
-
-    def _check_on_policy(self, rollouts: Sequence[Rollout]) -> None:
-        """Sampler and trainer must give what the weights of now have sampled one and the same probability.
-
-        Raises:
-            Failure: they do not.
-        """
-        self.unchecked = False
-        ends = accumulate(len(r.prompt_ids) + len(r.ids) for r in rollouts)
-        some = [r for r, end in zip(rollouts, ends, strict=True) if end <= CHECKED] or rollouts[:1]
-        found = self._logprobs(some)
-        apart = [abs(a - b) for r, logps in zip(some, found, strict=True) for a, b in zip(r.logps, logps, strict=True)]
-        mean = sum(apart) / sum(r.sampled for r in some)
-        dtype = torch.bfloat16 if self.stage.endpoint else next(self.policy.model.parameters()).dtype
-        if not mean <= ON_POLICY[dtype]:
-            raise Failure(
-                f"stage {self.stage.id!r}: the sampler's log-probabilities are {mean:.2g} nats a token from the "
-                f"trainer's on the first rollouts (allowed: {ON_POLICY[dtype]:.2g}), though both have the same "
-                "weights: they do not compute the same; please report it. `check_first_step: false` goes on regardless"
-            )
 
     def _logprobs(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
         rows = [as_row(r) for r in rollouts]
