@@ -14,7 +14,7 @@ from posttrain.recipe.stage import StageBase
 
 
 class PairSampling(Rewarded, Sampling):
-    n: int = Field(8, ge=2, description="Completions per prompt, ranked by the verifier.")
+    n: int = Field(8, ge=2, description="Completions per prompt, ranked by `rewards`.")
     prompts: int = Field(ge=1, description="How many prompts to sample for before training.")
 
     @model_validator(mode="after")
@@ -58,7 +58,7 @@ class Preference(StageBase):
     undesirable_weight: float | None = Field(None, ge=0, description="Weight of answers that are labelled bad.")
     on_policy: PairSampling | None = Field(
         None,
-        description="Sample pairs or lists from the stage's starting model and rank them with the task's verifier; "
+        description="Sample pairs or lists from the stage's starting model and rank them by `rewards`; "
         "without it the data must hold pairs, or labelled answers.",
     )
 

@@ -148,7 +148,7 @@ class JudgeReward(RewardBase):
     )
     low: int = Field(1, ge=0, description="The worst grade.")
     high: int = Field(10, ge=1, description="The best grade.")
-    max_new_tokens: int = Field(256, ge=1, description="Longest word of the judge, in tokens.")
+    max_new_tokens: int = Field(256, ge=1, description="Longest judgement, in tokens.")
 
     @model_validator(mode="after")
     def _grades_differ(self) -> JudgeReward:

@@ -20,8 +20,8 @@ class StageBase(Block):
     batch_size: int = Field(
         8,
         ge=1,
-        description="Examples (sft), pieces of text (continued_pretraining), pairs or what else the loss compares "
-        "(preference, reward_model), or prompts (grpo) in one step.",
+        description="Examples (sft, distill), pieces of text (continued_pretraining), pairs or what else the loss "
+        "compares (preference, reward_model), or prompts (grpo, ppo, online_preference) in one step.",
     )
     tokens_per_forward: int = Field(
         1024,
