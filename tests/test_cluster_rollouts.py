@@ -175,3 +175,21 @@ def test_no_cluster_is_a_users_mistake(tmp_path, capsys):
         assert "no Ray cluster is there" in capsys.readouterr().err
     assert main(["run", str(tmp_path / "r.yaml"), "--cluster", "local", "--workers", "4096"]) == 2
     assert "4096 workers of 1 processors are more than" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("last", "what"),
+    [
+        ("environment: {tools: [calculator]}", "stage 'b': episodes are played in one process"),
+        ("endpoint: {url: 'http://x', engine: sglang}", "stage 'b': on a cluster rollouts come from its actors"),
+    ],
+)
+def test_what_a_cluster_cannot_train_is_told_before_the_first_stage(tmp_path, capsys, last, what):
+    """And before the cluster is asked for: there is none here."""
+    data = "data: {sources: [{source: reasoning_gym/chain_sum, rows: 4}]}"
+    (tmp_path / "r.yaml").write_text(
+        f"{{schema: 1, name: x, model: {{source: {tmp_path}/model}}, stages: [{{id: a, kind: sft, steps: 1, {data}}}, "
+        f"{{id: b, kind: grpo, steps: 1, {data}, {last}}}]}}"
+    )
+    assert main(["run", str(tmp_path / "r.yaml"), "--cluster", "nowhere"]) == 2
+    assert what in capsys.readouterr().err

@@ -81,8 +81,10 @@ def run(
     def work() -> Any:
         if cluster is None:
             return run_recipe(recipe, set_ or [], out, train_here)
-        layout = _cluster_room().Layout(workers, worker_cpus, rollout_actors, rollout_cpus, rollout_gpus, shard_always)
-        with _cluster_room().cluster(cluster, layout) as trainer:
+        room = _cluster_room()
+        layout = room.Layout(workers, worker_cpus, rollout_actors, rollout_cpus, rollout_gpus, shard_always)
+        room.check(loaded.stages, layout)
+        with room.cluster(cluster, layout) as trainer:
             return run_recipe(recipe, set_ or [], out, trainer)
 
     result = _quietly(as_json, work)

@@ -15,7 +15,7 @@ import shutil
 import socket
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +37,7 @@ from posttrain.models.policy import Policy
 from posttrain.pipeline.stages import Job, Say, Trainer, learn
 from posttrain.recipe.preference import OnlinePreference, Preference, SelfRewarding
 from posttrain.recipe.rl import RejectionSampling, Rl
+from posttrain.recipe.schema import Stage
 from posttrain.recipe.supervised import Distill
 from posttrain.records import Failure, Ledger, UserError
 from posttrain.training.world import Distributed
@@ -115,10 +116,7 @@ def cluster(address: str, layout: Layout) -> Iterator[Trainer]:
 
 def _train(layout: Layout, gpus: bool, job: Job, start: Policy, say: Say) -> tuple[Ledger, dict[str, Any]]:
     """A `Trainer`: the workers train, and `start` gets the weights that they wrote."""
-    if isinstance(job.stage, Rl) and job.stage.endpoint is not None:
-        raise UserError(f"stage {job.stage.id!r}: on a cluster rollouts come from its actors; leave `endpoint` out")
-    if isinstance(job.stage, Rl) and job.stage.environment is not None:
-        raise UserError(f"stage {job.stage.id!r}: episodes are played in one process; leave --cluster or `environment`")
+    check([job.stage], layout)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     desk = Desk.options(num_cpus=0, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     actors = _actors(layout, gpus, job)
@@ -155,15 +153,33 @@ def _train(layout: Layout, gpus: bool, job: Job, start: Policy, say: Say) -> tup
     return done
 
 
+def check(stages: Sequence[Stage], layout: Layout) -> None:
+    """Refuse what cannot be trained so: to be asked before the first stage, for the last one may come hours later.
+
+    Raises:
+        UserError: rollouts of a stage come from elsewhere than actors, or there is no actor for them.
+    """
+    for stage in stages:
+        if isinstance(stage, Rl) and stage.endpoint is not None:
+            raise UserError(f"stage {stage.id!r}: on a cluster rollouts come from its actors; leave `endpoint` out")
+        if isinstance(stage, Rl) and stage.environment is not None:
+            raise UserError(f"stage {stage.id!r}: episodes are played in one process; leave --cluster or `environment`")
+        if _samples(stage) and not layout.rollout_actors:
+            raise UserError(f"stage {stage.id!r} samples: --rollout-actors must be 1 or more")
+
+
+def _samples(stage: Stage) -> bool:
+    """Whether workers ask for completions while they train, or before they begin."""
+    return bool(
+        isinstance(stage, Rl | RejectionSampling | OnlinePreference | SelfRewarding)
+        or (isinstance(stage, Preference) and stage.on_policy)
+        or (isinstance(stage, Distill) and stage.mode == "on_policy")
+    )
+
+
 def _actors(layout: Layout, gpus: bool, job: Job) -> list[Any]:
-    if not (
-        isinstance(job.stage, Rl | RejectionSampling | OnlinePreference | SelfRewarding)
-        or (isinstance(job.stage, Preference) and job.stage.on_policy)
-        or (isinstance(job.stage, Distill) and job.stage.mode == "on_policy")
-    ):
+    if not _samples(job.stage):
         return []
-    if not layout.rollout_actors:
-        raise UserError(f"stage {job.stage.id!r} samples: --rollout-actors must be 1 or more")
     kind = RolloutActor.options(  # type: ignore[attr-defined]
         num_cpus=layout.rollout_cpus, num_gpus=layout.rollout_gpus if gpus else 0, scheduling_strategy="SPREAD"
     )
