@@ -119,6 +119,16 @@ def test_a_tool_that_is_not_there_is_refused(here: Path, capsys: pytest.CaptureF
 
 
 def test_a_template_that_shows_no_tools_is_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = recipe([LENGTH], environment={**TOOLS, "plain": False})
-    assert main(write_long(given)) == 2
-    assert "leaves the tools out" in capsys.readouterr().err
+    """Before anything is sampled, by a dry run too."""
+    command = write_long(recipe([LENGTH], environment={**TOOLS, "plain": False}))
+    for argv in (command, [*command, "--dry-run"]):
+        assert "stage 'rl': environment: the chat template leaves the tools out" in refused(argv, capsys)
+
+
+def test_what_the_tools_take_of_the_context_counts_before_anything_is_sampled(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The usual tiny model has 256 positions, and the tools alone are described in more."""
+    command = write(recipe([LENGTH], environment=TOOLS))
+    for argv in (command, [*command, "--dry-run"]):
+        assert "12 too long. A row may have 256 tokens here" in refused(argv, capsys)

@@ -281,6 +281,18 @@ def test_labels_that_are_all_the_same_teach_nothing() -> None:
         )
 
 
+def test_a_file_whose_labels_are_all_the_same_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_policy().save(tmp_path / "model")
+    rows = [{"prompt": f"{i}?", "completions": ["yes it is", "no"], "labels": [True, True]} for i in range(12)]
+    (tmp_path / "steps.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    stage = {"id": "steps", "kind": "process_reward_model", "steps": 2}
+    stage |= {"data": {"sources": [{"source": "steps.jsonl"}]}}
+    recipe = {"schema": 1, "name": "x", "model": {"source": str(tmp_path / "model")}, "stages": [stage]}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["run", str(tmp_path / "r.yaml"), "--dry-run"]) == 2
+    assert "stage 'steps': all 24 steps have the label 1, so there is nothing to tell apart" in capsys.readouterr().err
+
+
 def test_a_whole_run_on_rollouts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The answers of the toy task are what a random model says now and then: anything with an `e`."""
     tiny_policy().save(tmp_path / "model")

@@ -70,10 +70,14 @@ def prompt_key(example: Example) -> str:
 
 
 def prompted(
-    example: Example, renderer: Renderer, lacks: Callable[[Example], str], own: bool = False
+    example: Example,
+    renderer: Renderer,
+    lacks: Callable[[Example], str],
+    own: bool = False,
+    asked: Callable[[Example], Example] = lambda example: example,
 ) -> tuple[Rendered, ...]:
     """Its prompt, to be answered by a model, alone or with its `own` answer. `lacks` says why no answer could be
-    scored, or nothing.
+    scored, or nothing. `asked` gives the example as the model is asked it, with an environment's tools, say.
 
     Raises:
         Malformed: so it says, there is no prompt, or no answer.
@@ -87,7 +91,7 @@ def prompted(
         if len(rows) > 1:
             raise Malformed("the chat template rewrites earlier turns, so its own answer cannot be kept whole")
         return rows
-    return (Rendered(example, renderer.prompt_ids(example)),)
+    return (Rendered(example, renderer.prompt_ids(asked(example))),)
 
 
 def with_answers(data: Prepared, answers: Iterable[tuple[int, int, Sequence[int]]]) -> Prepared:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from posttrain.data.chat import Rendered, Renderer
+from posttrain.data.chat import TOOLS_LEFT_OUT, Rendered, Renderer
 from posttrain.data.prepare import Need, Prepared, prepare, prompted
 from posttrain.data.steps import solution
 from posttrain.environments import make
@@ -61,6 +61,7 @@ from posttrain.training.preference import (
 from posttrain.training.process_reward import (
     ProcessRewardMethod,
     labelled_solutions,
+    one_label,
     read_solutions,
     verdicts,
     write_solutions,
@@ -119,8 +120,8 @@ def stage_data(stage: StageBase, policy: Policy, held_out: frozenset[str]) -> Pr
     """The stage's rows, rendered for `policy` and the models made from it.
 
     Raises:
-        UserError: the data cannot be used, a reward fails its proof on it, no reward model can be made of such a
-            policy, or another model cannot be its reference or teacher.
+        UserError: the data cannot be used or says one thing alone, a reward fails its proof on it, no reward model can
+            be made of such a policy, its template shows no tools, or another model cannot be its reference or teacher.
     """
     renderer = Renderer(policy.tokenizer, system=stage.data.system)
     context = policy.context
@@ -129,11 +130,15 @@ def stage_data(stage: StageBase, policy: Policy, held_out: frozenset[str]) -> Pr
     data = prepare(stage.data, renderer, need=need(stage), held_out=held_out, context=context)
     if rewarded := _rewarded(stage):
         proven(rewarded.rewards, _by_task(data))
+    if isinstance(stage, Rl) and stage.environment and not stage.environment.plain and TOOLS_LEFT_OUT in renderer.notes:
+        raise UserError(f"stage {stage.id!r}: environment: {TOOLS_LEFT_OUT}, or set plain: true")
     if isinstance(stage, Preference) and stage.reference is not None:
         second_model(policy, stage, outline)
     if isinstance(stage, ScoringStage):
         hold_out(stage, data)
         fitting(policy, ends(data))
+    if isinstance(stage, ProcessRewardModel) and stage.rollouts is None and (why := one_label(data)):
+        raise UserError(f"stage {stage.id!r}: {why}, so there is nothing to tell apart; give steps of both kinds")
     return data
 
 
@@ -141,7 +146,7 @@ def run_stage(job: Job, say: Say, trainer: Trainer = train_here) -> None:
     """Train into `job.folder/artifact` and write `job.folder/stage.json`; do nothing where that is finished.
 
     Raises:
-        UserError: the folder holds a stage with other inputs, or no pair could be made.
+        UserError: the folder holds a stage with other inputs, or of what was sampled nothing can be learned.
     """
     stage, data, folder, seed = job.stage, job.data, job.folder, job.seed
     start = job.load()
@@ -217,6 +222,8 @@ def need(stage: StageBase) -> Need:
     if isinstance(stage, Constitutional | SelfRewarding):
         return partial(prompted, lacks=lambda _: "")
     if rewarded := _rewarded(stage):
+        if isinstance(stage, Rl) and stage.environment is not None:
+            return partial(prompted, lacks=lacking(rewarded.rewards), asked=make(stage.environment)().reset)
         own = isinstance(stage, Preference) and OBJECTIVES[stage.loss].of == "triples"
         return partial(prompted, lacks=lacking(rewarded.rewards), own=own)
     if isinstance(stage, Preference):

@@ -74,6 +74,18 @@ def labels(solution: Rendered) -> list[float]:
     return given[: sum(solution.completion_target)]
 
 
+def _labels(data: Prepared) -> list[float]:
+    return [label for part in data.rows for row in part for label in labels(row)]
+
+
+def one_label(data: Prepared) -> str:
+    """Why the solutions have nothing to tell apart; empty where they have."""
+    given = _labels(data)
+    if not given:
+        return "no step could be labelled"
+    return f"all {len(given)} steps have the label {given[0]:g}" if min(given) == max(given) else ""
+
+
 class Verdict(NamedTuple):
     """On one labelled step."""
 
@@ -143,16 +155,14 @@ def labelled_solutions(
         if row is not None and any(row.completion_target):
             rows[order[one.group][0]].append(row)
     some = [s for s, part in enumerate(rows) if part]  # a source without any leaves the mixture
-    given = [label for s in some for row in rows[s] for label in labels(row)]
-    if not given or min(given) == max(given):
-        what = f"all {len(given)} steps have the label {given[0]:g}" if given else "no step could be labelled"
+    kept = Prepared(tuple(tuple(rows[s]) for s in some), tuple(data.weights[s] for s in some), data.report)
+    if why := one_label(kept):
         raise UserError(
-            f"stage {stage.id!r}: {what} after {how.prompts} prompts, so there is nothing to tell apart; raise "
+            f"stage {stage.id!r}: {why} after {how.prompts} prompts, so there is nothing to tell apart; raise "
             "rollouts.prompts, solutions or temperature, or choose a task that the model solves sometimes"
         )
-    facts = {"prompts": how.prompts, "steps": len(given), "good": sum(given) / len(given)}
-    kept = Prepared(tuple(tuple(rows[s]) for s in some), tuple(data.weights[s] for s in some), data.report)
-    return kept, first + after, facts
+    given = _labels(kept)
+    return kept, first + after, {"prompts": how.prompts, "steps": len(given), "good": sum(given) / len(given)}
 
 
 def write_solutions(path: Path, data: Prepared) -> None:
