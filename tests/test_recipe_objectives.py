@@ -84,6 +84,7 @@ def test_alpha_belongs_to_one_divergence(divergence: str) -> None:
         ("tpo", {}, "on_policy: missing; loss tpo learns from triples, which are sampled"),
         ("kto", LISTED, "on_policy: loss kto learns from labelled answers, not from ranked ones"),
         ("kto", {"batch_size": 1}, "batch_size: must be at least 2: loss kto compares the answers of a step"),
+        ("kto", {"desirable_weight": 0, "undesirable_weight": 0}, "desirable_weight: is 0, and so is undesirable"),
         ("aot", {"batch_size": 1}, "batch_size: must be at least 2: loss aot compares the answers of a step"),
         ("dop", {}, "loss: must be `dpo` or "),
     ],

@@ -101,6 +101,11 @@ def test_the_default_is_the_verifier() -> None:
         ),
         ([{"kind": "length", "max_tokens": 4, "buffer": 5}], "no answer is unpunished"),
         ([{"kind": "format", "tags": ["think", "think"]}], "names one tag twice"),
+        ([{"kind": "exact", "weight": 0}, {"kind": "verifier", "weight": 0}], "all answers would earn the same"),
+        (
+            [{"kind": "exact"}, {"kind": "verifier"}, {"kind": "ensemble", "of": ["exact", "verifier"], "weight": 0}],
+            "all answers would earn the same",
+        ),
         ([{"kind": "implicit", "source": "m", "reference": "m"}], "every answer would earn 0"),
         ([], "at least 1"),
         ([{"kind": "exact", "weight": -1}], "greater than or equal to 0"),

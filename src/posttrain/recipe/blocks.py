@@ -21,6 +21,12 @@ class Lora(Block):
         "all-linear", description="Which linear layers get an adapter: all but the output head, or a list of names."
     )
 
+    @model_validator(mode="after")
+    def _some_layer(self) -> Lora:
+        if not self.targets:
+            raise Misfit((("targets",), "names no layer, so nothing would be trained; leave it out for all of them"))
+        return self
+
 
 class Model(Block):
     source: str = Field(description="A directory, a hub id (owner/name), a .gguf file, or pip:PACKAGE/FILE.")
@@ -76,6 +82,12 @@ class Optim(Block):
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's moment decay rates.")
     eps: float = Field(1e-8, gt=0, description="AdamW's denominator offset.")
     max_grad_norm: float | None = Field(1.0, gt=0, description="Clip the gradient's global 2-norm; null: no clipping.")
+
+    @model_validator(mode="after")
+    def _moments_decay(self) -> Optim:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise Misfit((("betas",), f"each must be at least 0 and below 1, not {list(self.betas)}"))
+        return self
 
 
 class Sampling(Block):

@@ -73,6 +73,8 @@ class Preference(StageBase):
         ]
         if self.loss == "exo" and self.label_smoothing == 0:
             problems.append((("label_smoothing",), "must be above 0: loss exo takes its logarithm"))
+        if self.desirable_weight == 0 and self.undesirable_weight == 0:
+            problems.append((("desirable_weight",), "is 0, and so is undesirable_weight: nothing would be learned"))
         if self.reference is not None and not objective.reference:
             problems.append((("reference",), f"loss {self.loss} has no reference"))
         if self.on_policy is not None and objective.of == "answers":

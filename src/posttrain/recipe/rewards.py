@@ -249,6 +249,10 @@ class Rewarded(Block):
                 elif "weight" in singles[member].model_fields_set:
                     what = f"{member!r} counts through the ensemble alone; leave its weight out"
                     problems.append((("rewards", i, "of"), what))
+        members = {name for reward in self.rewards if isinstance(reward, EnsembleReward) for name in reward.of}
+        if not any(reward.weight for reward in self.rewards if reward.name not in members):
+            what = "every one has weight 0 and only watches, so all answers would earn the same; give one a weight"
+            problems.append((("rewards",), what))
         if problems:
             raise Misfit(*problems)
         return self
