@@ -18,6 +18,7 @@ from tiny_runs import (
     RENDERER,
     SEED,
     STAGES,
+    SelfJudge,
     answered,
     grpo,
     method_of,
@@ -28,6 +29,7 @@ from tiny_runs import (
     rejection,
     rows_of,
     run,
+    self_rewarding,
     stage_of,
 )
 from torch.distributed.tensor import DTensor
@@ -36,7 +38,7 @@ from workers import together
 from posttrain.cluster.sharded import shard
 from posttrain.models.reward import reward_model
 from posttrain.recipe.blocks import Lora
-from posttrain.recipe.preference import OnlinePreference, Preference
+from posttrain.recipe.preference import OnlinePreference, Preference, SelfRewarding
 from posttrain.recipe.rl import RejectionSampling
 from posttrain.recipe.scoring import ScoringStage
 from posttrain.training.batch import chosen, frozen_logprobs
@@ -91,9 +93,11 @@ def test_the_same_losses(tmp_path):
             assert a.keys() == b.keys()
             assert b["loss"] == pytest.approx(a["loss"], rel=TOLERANCE, abs=TOLERANCE), (name, adapter, a["step"])
             # At the reference all margins are 0, and rounding decides their signs.
-            sign = (
-                {"accuracy"} if isinstance(stage_of(name), Preference | OnlinePreference) and a["step"] == 0 else set()
+            stage = stage_of(name)
+            refers = (isinstance(stage, Preference | OnlinePreference) and a["step"] == 0) or (
+                isinstance(stage, SelfRewarding) and a["step"] % stage.round_steps == 0
             )
+            sign = {"accuracy"} if refers else set()
             for key in (
                 a.keys() - {"tokens"} - sign
             ):  # what is near zero, or the least of many, shows more of the rounding
@@ -180,6 +184,10 @@ def _run(
         method = preference(policy, stage, world=world)
     elif name.startswith("grpo"):
         method = grpo(policy, stage, sampler=Here(policy, tiny_policy(adapter=adapter), RENDERER))
+        method.world = world
+    elif isinstance(stage, SelfRewarding):
+        sampler = SelfJudge(policy, Here(policy, tiny_policy(adapter=adapter), RENDERER))
+        method = self_rewarding(policy, stage, folder, sampler)
         method.world = world
     elif isinstance(stage, OnlinePreference | RejectionSampling):
         sampler = Here(policy, tiny_policy(adapter=adapter), RENDERER)

@@ -19,7 +19,7 @@ from posttrain.recipe.schema import Recipe
 from posttrain.records import UserError
 
 DATA = {"sft": answered, "dpo": paired, "dpo on-policy": asked, "bco_unpaired": labelled}
-DATA |= {"online_preference": asked, "rejection_sampling": asked, "grpo": asked, "ppo": asked}
+DATA |= {"online_preference": asked, "rejection_sampling": asked, "self_rewarding": asked, "grpo": asked, "ppo": asked}
 
 
 def data_of(name: str) -> Prepared:

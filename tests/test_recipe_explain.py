@@ -58,11 +58,13 @@ KINDS = (
     "continued_pretraining",
     "sft",
     "distill",
+    "constitutional",
     "preference",
     "reward_model",
     "process_reward_model",
     "rejection_sampling",
     "online_preference",
+    "self_rewarding",
     "grpo",
     "ppo",
 )
@@ -77,7 +79,7 @@ def test_blocks_list_their_keys_and_kinds_their_paper() -> None:
 def test_an_ending_names_one_key_of_several_kinds_with_each_default() -> None:
     assert [k.path for k in lookup("optim.lr")] == [f"stages.{kind}.optim.lr" for kind in KINDS]
     text = explain("optim.lr")
-    for lr, those in {"0.0002": KINDS[:3], "5e-05": (KINDS[3], *KINDS[6:]), "0.0001": KINDS[4:6]}.items():
+    for lr, those in {"0.0002": KINDS[:4], "5e-05": (KINDS[4], *KINDS[7:]), "0.0001": KINDS[5:7]}.items():
         assert f"{lr} ({', '.join(f'stages.{kind}.optim.lr' for kind in those)})" in text
 
 

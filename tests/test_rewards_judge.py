@@ -11,7 +11,7 @@ from scoring import Scripted, answers, question
 from tiny_runs import RENDERER
 
 from posttrain.records import Example, Score, UserError
-from posttrain.rewards.judge import Bias, Judge, PairJudge, Verdict, tournament
+from posttrain.rewards.judge import META, Bias, Judge, PairJudge, Verdict, tournament
 from posttrain.rewards.outrank import PLEAS, outranks
 
 
@@ -197,3 +197,36 @@ def test_a_tournament_is_the_share_of_wins_in_a_group() -> None:
     scores = tournament(prefers(longer))(rollouts)
     assert [score.value for score in scores] == [0.5, 0.0, 0.5, 1.0, None]
     assert scores[4] == Score(None, "unparsed", why="no comparison with another answer of its group could be read")
+
+
+# Several judgements, and judgements judged
+
+
+def test_grades_are_averaged_over_what_can_be_read() -> None:
+    """Of 4 draws one cannot be read, the others give 2, 4 and 5 of 0 to 5: a mean of 11/15."""
+    said = ("<grade>2</grade>", "<grade>4</grade>", "Who knows?", "<grade>5</grade>")
+    judge = Judge(Scripted(lambda example, k: said[k]), low=0, high=5, draws=4)
+    (score,) = judge(answers("Yes"))
+    assert score.value == pytest.approx(11 / 15)
+    assert score.outcome == "correct"
+    assert "the mean of 3 grades" in score.why
+    (found,) = judge.judgements(answers("Yes"))
+    assert not isinstance(found, UserError)
+    assert [rollout.text for rollout in found] == list(said)
+    assert Judge(says("Who knows?"), draws=3)(answers("Yes"))[0].outcome == "unparsed"
+
+
+def test_a_judgement_with_a_grade_is_material_too() -> None:
+    """Asked which of two judgements is better, the judge sees both with the question for them, grades and all, and is
+    not told that whatever speaks of grades is worth nothing."""
+    judge = Judge(says("So it is. <grade>3</grade>"), "Be polite.", draws=2)
+    (found,) = judge.judgements(answers("Yes"))
+    assert not isinstance(found, UserError)
+    meta = PairJudge(says("<better>A</better>"), "By the criteria.", form=META)
+    assert [v.first for v in meta([(found[0], found[1])])] == [0.5]
+    asked = meta.sampler.asked[0]
+    assert shown(asked, "answer A") == "So it is. <grade>3</grade>"
+    assert "Be polite." in shown(asked, "question")
+    assert "By the criteria." in content(asked)
+    assert "or of grades" not in content(asked).partition("<question")[0]
+    assert "or of grades" in content(judge.sampler.asked[0])

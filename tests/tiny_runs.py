@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,12 @@ from posttrain.models.policy import Policy
 from posttrain.models.reward import reward_model
 from posttrain.recipe.blocks import Lora
 from posttrain.recipe.objectives import OBJECTIVES
-from posttrain.recipe.preference import OnlinePreference, Preference
+from posttrain.recipe.preference import OnlinePreference, Preference, SelfRewarding
 from posttrain.recipe.rl import Grpo, Ppo, RejectionSampling
 from posttrain.recipe.scoring import ProcessRewardModel, RewardModel, ScoringStage
 from posttrain.recipe.stage import StageBase
 from posttrain.recipe.supervised import Distill, Sft
-from posttrain.records import Example, Ledger, Rollout, Score
+from posttrain.records import Example, Ledger, Rollout, Score, derive
 from posttrain.sampling.local import LocalSampler
 from posttrain.training.batch import Batch, Method
 from posttrain.training.distill import DistillMethod
@@ -42,6 +43,7 @@ from posttrain.training.preference import (
 from posttrain.training.process_reward import ProcessRewardMethod
 from posttrain.training.rejection import RejectionMethod
 from posttrain.training.reward import RewardMethod, ends
+from posttrain.training.self_rewarding import SelfRewardingMethod
 from posttrain.training.sft import SftMethod
 from posttrain.training.world import ALONE, World
 
@@ -156,6 +158,18 @@ STAGES: dict[str, tuple[type[StageBase], dict[str, Any]]] = {
         },
     ),
     "online_preference": (OnlinePreference, {"kind": "online_preference", "n": 4, "sampling": {"max_new_tokens": 6}}),
+    "self_rewarding": (
+        SelfRewarding,
+        {
+            "kind": "self_rewarding",
+            "prompts": 6,
+            "n": 3,
+            "rounds": 2,
+            "sampling": {"max_new_tokens": 6},
+            "meta_judge": True,
+            "length_control": 0.2,
+        },
+    ),
     "grpo": (Grpo, {"kind": "grpo", "n": 4, "sampling": {"max_new_tokens": 6}, "kl_weight": 0.1}),
     "grpo twice": (Grpo, {"kind": "grpo", "n": 4, "sampling": {"max_new_tokens": 6}, "iterations": 2}),
     "grpo all": (
@@ -263,6 +277,41 @@ def rejection(
     return RejectionMethod(stage, data or prepared(asked()), policy, sampler, scorer(score), folder, SEED)
 
 
+class SelfJudge:
+    """Samples from the policy, but says itself what a judge is asked for, which no random model would say readably: the
+    grade of an answer by chance, and of two judgements the one whose words come first in the alphabet.
+
+    The prompt is cut short, as a tiny model's context is.
+    """
+
+    def __init__(self, policy: Policy, sampler: Any = None) -> None:
+        self.policy, self.sampler = policy, sampler or LocalSampler(policy, RENDERER)
+
+    def __call__(self, prompts: Sequence[Example], n: int, sampling: Any, seed: int) -> tuple[list[Rollout], Ledger]:
+        if not prompts[0].id.startswith("judge:"):
+            return self.sampler(prompts, n, sampling, seed)
+        weights, rollouts = self.policy.digest(), []
+        for p, example in enumerate(prompts):
+            for k in range(n):
+                text = self.say(str(example.prompt[-1]["content"]), derive(seed, p, k))
+                ids, asked = (*RENDERER.tokenizer.encode(text), 2), RENDERER.prompt_ids(example)[-24:]
+                rollouts.append(Rollout(example, p, asked, ids, (-1.0,) * len(ids), text, "stop", weights))
+        return rollouts, Ledger(generated_tokens=sum(len(r.ids) for r in rollouts))
+
+    def say(self, question: str, chance: int) -> str:
+        if question.startswith("Grade"):
+            return f"{'so ' * (chance % 3)}<grade>{chance % 6}</grade>"
+        one, other = re.findall(r"^<answer [AB] \w+>\n(.*?)\n</answer [AB] ", question, re.DOTALL | re.MULTILINE)
+        return f"<better>{'tie' if one == other else 'A' if one < other else 'B'}</better>"
+
+
+def self_rewarding(
+    policy: Policy, stage: SelfRewarding, folder: Path, sampler: Any = None, data: Prepared | None = None
+) -> SelfRewardingMethod:
+    sampler = sampler or SelfJudge(policy)
+    return SelfRewardingMethod(stage, data or prepared(asked()), policy, sampler, folder, SEED)
+
+
 def method_of(name: str, policy: Policy, stage: Any, folder: Path | None = None) -> Method:
     if name == "sft":
         return sft(stage)
@@ -278,6 +327,9 @@ def method_of(name: str, policy: Policy, stage: Any, folder: Path | None = None)
     if isinstance(stage, RejectionSampling):
         assert folder is not None
         return rejection(policy, stage, folder)
+    if isinstance(stage, SelfRewarding):
+        assert folder is not None
+        return self_rewarding(policy, stage, folder)
     if isinstance(stage, Ppo):
         return ppo(policy, stage)
     return preference(policy, stage, folder) if isinstance(stage, Preference) else grpo(policy, stage)

@@ -26,8 +26,8 @@ Now write your answer to me anew, so that it keeps to the principle. Write the a
 after it.""",
 }
 """What the model is asked about its answer, one after the other."""
-UNUSABLE = ("empty", "unfinished", "no room")
-"""What is not learned from: revisions that say nothing, that were cut off, or that the context had no room for."""
+UNUSABLE = ("empty", "unfinished", "too_long")
+"""What is not learned: revisions that say nothing, or were cut off, and talks that grew too long for the context."""
 
 
 @dataclass
@@ -46,7 +46,7 @@ class _Draft:
 
     def outcome(self) -> str:
         if self.said is None:
-            return "no room"
+            return "too_long"
         if not self.said.text.strip():
             return "empty"
         if self.said.finish == "length":
@@ -90,7 +90,7 @@ def revise(
     outcomes = [draft.outcome() for draft in drafts]
     counts = {what: outcomes.count(what) for what in ("revised", "unchanged", *UNUSABLE)}
     if not counts["revised"] + counts["unchanged"]:
-        listed = ", ".join(f"{counts[what]} {what}" for what in UNUSABLE)
+        listed = ", ".join(f"{counts[what]} {what.replace('_', ' ')}" for what in UNUSABLE)
         raise UserError(
             f"stage {stage.id!r}: none of {len(drafts)} answers has a revision to learn ({listed}); raise "
             "sampling.max_new_tokens, or start from a model that follows instructions"

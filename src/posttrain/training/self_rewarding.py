@@ -145,9 +145,9 @@ class SelfRewardingMethod(LogProbs):
                 metrics |= {"turned": bias.turned, "shown_first": bias.shown_first}
         if not any(made):
             raise UserError(
-                f"stage {stage.id!r}, round {number}: the model grades its answers to each of {len(slots)} prompts "
-                "alike, so there is no pair to learn from; raise n, judging.n or the temperatures, or teach it to "
-                "judge before (docs/self-improvement.md)"
+                f"stage {stage.id!r}, round {number}: the model prefers no answer to another for any of {len(slots)} "
+                "prompts, for its grades are alike, so there is nothing to learn; raise n, judging.n or the "
+                "temperatures, or teach it to judge before (docs/self-improvement.md)"
             )
         return referred(self.policy, stage.learning, made, self.world)[0], metrics, ledger
 
