@@ -20,9 +20,12 @@ from posttrain.records import UserError
 CHUNK = 256
 """Target tokens whose [chunk, V] logits exist at one time."""
 
-
 States = Callable[[torch.nn.Module, Forest], Tensor]
 """`hidden_states`, or `unrolled_hidden_states` where a slow and simple oracle is wanted."""
+Logits = Callable[[Tensor], Tensor]
+"""From hidden states [C, D] to logits [C, V], float32 or float64."""
+Measure = Callable[[Logits, Tensor, Tensor], Tensor]
+"""Of a chunk: its logits, hidden states [C, D] and target ids [C] to [C] or [1 + K, C]."""
 
 
 def token_logprobs(
@@ -163,12 +166,6 @@ def _gather(
         dim=-1,
     ).to(at_N.device)
     return found.new_zeros(*found.shape[:-1], len(forest)).index_copy(-1, at_N, found)
-
-
-Logits = Callable[[Tensor], Tensor]
-"""From hidden states [C, D] to logits [C, V], float32 or float64."""
-Measure = Callable[[Logits, Tensor, Tensor], Tensor]
-"""Of a chunk: its logits, hidden states [C, D] and target ids [C] to [C] or [1 + K, C]."""
 
 
 def _chosen(logits: Logits, hidden_CD: Tensor, ids_C: Tensor) -> Tensor:
