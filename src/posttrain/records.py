@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Message = Mapping[str, Any]
 """One chat turn as Transformers' chat templates take it: `role`, `content`, perhaps `tool_calls` and so on."""
@@ -126,11 +126,18 @@ class Rollout:
         return sum(self.target)
 
 
+class Entry(NamedTuple):
+    """What is listed of a reward or of a kind of stage."""
+
+    summary: str
+    paper: str
+
+
 @dataclass(frozen=True, slots=True)
 class Artifact:
     """A finished thing in a run folder, named by the digest of what it holds."""
 
-    kind: Literal["model", "adapter", "data"]
+    kind: Literal["model", "adapter"]
     path: Path
     digest: str
 

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
+from posttrain.records import Entry
 from posttrain.rewards.sources import build
 
-__all__ = ["TABLE", "Entry", "build"]
-
-
-class Entry(NamedTuple):
-    summary: str
-    paper: str
-
+__all__ = ["TABLE", "build"]
 
 TABLE: dict[str, Entry] = {
     "verifier": Entry("A generated task's own check, exact or nothing", "Stojanovski et al., 2505.24760"),

@@ -1,12 +1,6 @@
 """Training: one loop, and a short file for each method."""
 
-from typing import NamedTuple
-
-
-class Entry(NamedTuple):
-    summary: str
-    paper: str
-
+from posttrain.records import Entry
 
 METHODS: dict[str, Entry] = {
     "continued_pretraining": Entry("Likelihood of raw text", "Gururangan et al., 2004.10964"),
