@@ -25,6 +25,13 @@ SETTINGS: dict[str, dict[str, str]] = {
         "stages.sft.batch_size": "2",
         "evals.retention": "{rows: 2, max_new_tokens: 4}",
     },
+    "constitutional.yaml": {
+        **{f"stages.{id}.steps": "2" for id in ("revise", "prefer")},
+        "stages.revise.batch_size": "2",
+        "stages.prefer.batch_size": "1",
+        "stages.prefer.on_policy.prompts": "8",
+        "evals.retention": "{rows: 2, max_new_tokens: 4}",
+    },
     "reward.yaml": {"stages.reward.steps": "2", "stages.reward.batch_size": "1"},
     "process.yaml": {"stages.process.steps": "2", "stages.process.batch_size": "1"},
     "dpo.yaml": {
