@@ -24,6 +24,7 @@ from tiny_runs import (
     method_of,
     online,
     paired,
+    ppo,
     preference,
     prepared,
     rejection,
@@ -151,7 +152,7 @@ def _passes(out: Path, adapter: Lora | None) -> None:
 
 SETTINGS = {"optim": {"lr": 1e-3}}
 """AdamW divides by the gradient's own size, so that a large step makes rounding large."""
-CASES = [(name, adapter) for name in STAGES if "on-policy" not in name and name != "ppo" for adapter in (None, LORA)]
+CASES = [(name, adapter) for name in STAGES if "on-policy" not in name for adapter in (None, LORA)]
 
 
 def _folder(name: str, adapter: Any) -> str:
@@ -182,6 +183,9 @@ def _run(
     policy = shard(whole, world, always)
     if isinstance(stage, Preference):
         method = preference(policy, stage, world=world)
+    elif name == "ppo":
+        method = ppo(policy, stage, sampler=Here(policy, tiny_policy(adapter=adapter), RENDERER))
+        method.world = world
     elif name.startswith("grpo"):
         method = grpo(policy, stage, sampler=Here(policy, tiny_policy(adapter=adapter), RENDERER))
         method.world = world

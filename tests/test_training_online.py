@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,51 @@ def test_equal_rewards_teach_nothing(loss: str, tmp_path: Path) -> None:
     assert (batch.rows, batch.counts.pairs) == ((), 0)
     told, found = gradient(policy, method, batch, stage_of(NAME, loss=loss, n=2))
     assert (told["loss"], found) == (0, {})
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["loss"])
+def test_what_is_watched(case: dict[str, Any]) -> None:
+    """On what is learned of the policy's own answers: the mean log-ratio to the reference, trainer against sampler; the
+    share of prompts, and by how much likelier than the reference the chosen answers are."""
+    policy, reference = policy64(), policy64()
+    stage = stage_of(NAME, **case, batch_size=12, tokens_per_forward=16)
+    sampler = Watched(policy)
+    method = online(policy, stage, some_unscored, sampler)
+    moved(policy, 0.02, seed=5)
+    batch = method.batch(0)
+    told, _ = gradient(policy, method, batch, stage)
+    assert batch.metrics["learned"] == len(batch.units) / 12
+    assert told["mismatch_min"] == pytest.approx(1, abs=1e-4)
+    assert told["mismatch_max"] == pytest.approx(1, abs=1e-4)
+
+    def ratios(row: Any) -> Tensor:
+        with torch.no_grad():
+            ours, theirs = (plain_logps(m, row.context, row.completion) for m in (policy, reference))
+        return ours - theirs
+
+    own = [ratios(row) for row, other in zip(batch.rows, method.others, strict=True) if not other]
+    assert told["kl"] == pytest.approx(torch.cat(own).mean().item(), rel=1e-5, abs=1e-6)
+    assert told["mismatch_counts 0.999 to 1.001"] == sum(map(len, own))
+    given = {r.ids for r in sampler.given[0]}
+    assert all(row.completion in given for row, other in zip(batch.rows, method.others, strict=True) if not other)
+    if case["loss"] != "nash_md":
+        chosen = [ratios(row).sum().item() for row in batch.rows[::2]]
+        assert told["chosen_ratio"] == pytest.approx(sum(chosen) / len(chosen), rel=1e-5, abs=1e-6)
+
+
+class Shifted(Watched):
+    """Tells the log-probabilities of the token before."""
+
+    def __call__(self, *args: Any) -> tuple[list[Rollout], Ledger]:
+        rollouts, ledger = super().__call__(*args)
+        return [dataclasses.replace(r, logps=(r.logps[-1], *r.logps[:-1])) for r in rollouts], ledger
+
+
+def test_a_sampler_that_computes_something_else_is_found_at_once() -> None:
+    policy = tiny_policy()
+    with pytest.raises(Failure, match=r"nats a token from the trainer's.*check_first_step: false"):
+        online(policy, stage_of(NAME), sampler=Shifted(policy)).batch(0)
+    online(policy, stage_of(NAME, check_first_step=False), sampler=Shifted(policy)).batch(0)
 
 
 class Foreign(Watched):

@@ -13,7 +13,7 @@ from tiny import tiny_policy
 
 from posttrain.recipe.blocks import Lora, Optim
 from posttrain.records import UserError
-from posttrain.training.optim import adamw, clip, learning_rate, load_state, state_tensors
+from posttrain.training.optim import adamw, clip, learning_rate, load_state, state_tensors, zero_state
 
 
 def model(seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
@@ -206,3 +206,18 @@ def test_float32_and_its_adapters_have_no_masters():
     policy = tiny_policy(adapter=Lora(r=2), dtype=torch.bfloat16)  # an adapter is float32 over a bfloat16 base
     assert {p.dtype for p in policy.parameters().values()} == {torch.float32}
     assert not adamw(policy.parameters().items(), Optim()).rounded
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_state_of_zeros_is_what_the_first_step_begins_with(dtype):
+    """The same names before it as after, and the same weights, bit for bit."""
+    nets = [model(dtype=dtype) for _ in range(2)]
+    optimizers = [adamw(net.named_parameters(), Optim(lr=1e-2)) for net in nets]
+    zero_state(optimizers[0])
+    before = {name: t.shape for name, t in state_tensors(optimizers[0]).items()}
+    for net, optimizer in zip(nets, optimizers, strict=True):
+        train(net, optimizer, range(3))
+    ours, theirs = (state_tensors(optimizer) for optimizer in optimizers)
+    assert before == {name: t.shape for name, t in theirs.items()}
+    assert all(torch.equal(t, theirs[name]) for name, t in ours.items())
+    assert all(torch.equal(a, b) for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True))

@@ -172,6 +172,16 @@ STAGES: dict[str, tuple[type[StageBase], dict[str, Any]]] = {
     ),
     "grpo": (Grpo, {"kind": "grpo", "n": 4, "sampling": {"max_new_tokens": 6}, "kl_weight": 0.1}),
     "grpo twice": (Grpo, {"kind": "grpo", "n": 4, "sampling": {"max_new_tokens": 6}, "iterations": 2}),
+    "grpo prime": (
+        Grpo,
+        {
+            "kind": "grpo",
+            "n": 4,
+            "sampling": {"max_new_tokens": 6},
+            "advantage": "leave_one_out",
+            "prime": {"lr": 1e-3, "gamma": 0.9},
+        },
+    ),
     "grpo all": (
         Grpo,
         {

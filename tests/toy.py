@@ -40,7 +40,10 @@ class Table(nn.Module):
         ]
         self.table = nn.Linear(len(prefixes), vocabulary, bias=False, dtype=torch.float64)
         nn.init.zeros_(self.table.weight)
-        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=len(prefixes)))
+        # As a config counts: no layers below the output.
+        sizes = {"hidden_size": len(prefixes), "intermediate_size": 0, "num_hidden_layers": 0, "num_attention_heads": 1}
+        sizes |= {"vocab_size": vocabulary, "model_type": "toy", "tie_word_embeddings": False}
+        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(**sizes))
         self.dtype, self.device = torch.float64, torch.device("cpu")
 
     def get_output_embeddings(self) -> nn.Linear:

@@ -10,16 +10,21 @@ import numpy as np
 Row = dict[str, Any]
 
 DRIFT = 0.5
-"""Nats per token of KL from the base on general prompts, above which a reader should look."""
+"""Nats per token of KL, from the base on general prompts or from a stage's reference on what it learned from, above which
+a reader should look."""
 UNPARSED = 0.02
 SIGNAL = 0.2
-"""Share of groups with signal, below which most sampling is wasted."""
+"""Share of groups with signal, or of prompts that are learned from, below which most sampling is wasted."""
 MISMATCH = 1.05
 """Ratio of trainer's to sampler's probability of a token, either way up."""
 LENGTH = 1.5
 """Growth of the mean completion, last fifth of the steps against the first."""
 FOLLOWS = 0.5
 """Correlation of reward with length, within the completions of a prompt."""
+FALL = -1.0
+"""Nats by which the chosen answers may become less likely."""
+COMPARING = ("online_preference", "self_rewarding", "grpo", "ppo")
+"""Kinds of stage that learn from answers of one prompt being worth more than others."""
 
 
 def watch_stage(stage: str, kind: str, metrics: Sequence[Row]) -> list[Row]:
@@ -32,38 +37,53 @@ def watch_stage(stage: str, kind: str, metrics: Sequence[Row]) -> list[Row]:
     if kind == "preference" and _values(metrics, "chosen_logp"):
         fall = _end(metrics, "chosen_logp") - _start(metrics, "chosen_logp")
         text = "Change of the chosen answers' log-probability; the loss may lower both sides (nll_weight guards it)"
-        found.append(_row("chosen log-probability", stage, fall, -1.0, fall >= -1.0, text))
-    if kind in ("grpo", "ppo"):
-        if signals := _values(metrics, "signal"):
-            signal = float(np.mean(signals))
-            text = "Mean share of groups whose answers scored differently; the others teach nothing"
-            found.append(_row("groups with signal", stage, signal, SIGNAL, signal >= SIGNAL, text))
-        apart = [*_values(metrics, "mismatch_max"), *(1 / v for v in _values(metrics, "mismatch_min"))]
-        if apart:
-            text = "Largest ratio between trainer's and sampler's probability of a token"
-            found.append(_row("sampler mismatch", stage, max(apart), MISMATCH, max(apart) <= MISMATCH, text))
+        found.append(_row("chosen log-probability", stage, fall, FALL, fall >= FALL, text))
+    if _values(metrics, "chosen_ratio"):
+        ratio = _end(metrics, "chosen_ratio")
+        text = "Log-ratio of the chosen answers to the reference at the end, nats; the loss may lower both sides"
+        found.append(_row("chosen log-ratio", stage, ratio, FALL, ratio >= FALL, text))
+    if kind == "distill" and _values(metrics, "loss"):
+        apart = _end(metrics, "loss") - _start(metrics, "loss")
+        text = "Change of the distance from the teacher, as the loss measures it; it should fall"
+        found.append(_row("distance from the teacher", stage, apart, 0, apart <= 0, text))
+    if learned := _values(metrics, "learned") or _values(metrics, "solved"):
+        share = float(np.mean(learned))
+        text = "Mean share of prompts of which an answer, or a pair of them, was learned; the others were asked in vain"
+        found.append(_row("prompts learned from", stage, share, SIGNAL, share >= SIGNAL, text))
+    if kind in COMPARING and (signals := _values(metrics, "signal")):
+        signal = float(np.mean(signals))
+        text = "Mean share of groups whose answers scored differently; the others teach nothing"
+        found.append(_row("groups with signal", stage, signal, SIGNAL, signal >= SIGNAL, text))
+    if _values(metrics, "kl"):
+        drift = _end(metrics, "kl")
+        text = "KL from the stage's reference at the end, nats per token of its own answers"
+        found.append(_row("distance from the reference", stage, drift, DRIFT, drift <= DRIFT, text))
+    return found + _watch_answers(stage, metrics)
+
+
+def _watch_answers(stage: str, metrics: Sequence[Row]) -> list[Row]:
+    """What the answers show that a stage sampled."""
+    found = []
+    apart = [*_values(metrics, "mismatch_max"), *(1 / v for v in _values(metrics, "mismatch_min"))]
+    if apart:
+        text = "Largest ratio between trainer's and sampler's probability of a token"
+        found.append(_row("sampler mismatch", stage, max(apart), MISMATCH, max(apart) <= MISMATCH, text))
+    if _values(metrics, "length"):
         growth = _end(metrics, "length") / _start(metrics, "length")
         text = "Mean completion length at the end over that at the start; growth is easily read as quality"
         found.append(_row("length growth", stage, growth, LENGTH, growth <= LENGTH, text))
-        if _values(metrics, "length_reward"):
-            follows = _end(metrics, "length_reward")
-            text = "Correlation of reward with length at the end, within the completions of a prompt"
-            found.append(_row("reward follows length", stage, follows, FOLLOWS, follows <= FOLLOWS, text))
-        if (gain := equal_length_gain(metrics)) is not None:
-            whole, matched = gain
-            text = f"Rise of the mean reward among completions of equal length; in all it rose by {whole:.3f}"
-            found.append(
-                _row(
-                    "gain at equal length",
-                    stage,
-                    matched,
-                    whole / 2,
-                    whole <= 0 or matched >= whole / 2,
-                    text,
-                )
-            )
-        if (unscored := float(np.mean(_values(metrics, "unscored")))) > 0:
-            found.append(_row("unscored completions", stage, unscored, 0, False, "Share the verifier failed on"))
+    if _values(metrics, "length_reward"):
+        follows = _end(metrics, "length_reward")
+        text = "Correlation of reward with length at the end, within the completions of a prompt"
+        found.append(_row("reward follows length", stage, follows, FOLLOWS, follows <= FOLLOWS, text))
+    if (gain := equal_length_gain(metrics)) is not None:
+        whole, matched = gain
+        text = f"Rise of the mean reward among completions of equal length; in all it rose by {whole:.3f}"
+        fine = whole <= 0 or matched >= whole / 2
+        found.append(_row("gain at equal length", stage, matched, whole / 2, fine, text))
+    if any(unscored := _values(metrics, "unscored")):
+        text = "Share of answers that had no score"
+        found.append(_row("unscored completions", stage, float(np.mean(unscored)), 0, False, text))
     return found
 
 

@@ -18,7 +18,7 @@ from posttrain.models.memory import Pass, measure_forward, measure_pass
 from posttrain.models.policy import Policy, outline
 from posttrain.recipe.blocks import Sampling
 from posttrain.recipe.preference import OnlinePreference, Preference, SelfRewarding
-from posttrain.recipe.rl import RejectionSampling, Rl
+from posttrain.recipe.rl import Grpo, RejectionSampling, Rl
 from posttrain.recipe.schema import Stage
 from posttrain.recipe.scoring import ProcessRewardModel, ScoringStage
 from posttrain.recipe.supervised import Constitutional, Distill
@@ -69,11 +69,15 @@ def stage_memory(stage: Stage, data: Prepared, policy: Policy, seed: int) -> Ter
         terms["reference"] = trained * (2 if stage.loss == "nash_md" else 1)  # and its mixture with the policy
     if isinstance(stage, Rl) and stage.kl_weight:
         terms["reference"] = trained
+    if isinstance(stage, Grpo) and stage.prime:  # its model and moments, and what it is compared with
+        terms["process rewards"] = trained + moments + (0 if stage.kl_weight else trained)
     terms["optimiser"] = moments
     if interval(stage.checkpoint_every, period) < stage.steps:
         terms["checkpoint"] = trained + moments
         if isinstance(stage, Rl) and stage.kl_weight and stage.reference_reset:
             terms["checkpoint"] += trained
+        if isinstance(stage, Grpo) and stage.prime:
+            terms["checkpoint"] += trained + moments
     answering, teacher = policy.model, None
     if isinstance(stage, Distill):
         teacher = second_model(policy, stage, outline).model

@@ -148,6 +148,10 @@ def _stage(stage: Stage, data: Prepared, policy: Policy, seed: int) -> StagePlan
     each = prompt + answers  # a prompt and all that hangs on it
     context = prompt + answers / branches
     trained = trees * each
+    read = 0.0  # with weights that are not trained then
+    if isinstance(stage, Grpo) and stage.prime:  # each batch is learned from once more, and read twice for its rewards
+        read = 2 * trained / stage.iterations
+        trained += trained / stage.iterations
     targets = branches if isinstance(stage, ScoringStage) else answers
     flops = trained * training_flops_per_token(config, policy.adapter is not None, int(context), targets / each)
     author = config
@@ -157,6 +161,7 @@ def _stage(stage: Stage, data: Prepared, policy: Policy, seed: int) -> StagePlan
             author = teacher
         else:
             flops += trained * forward_flops_per_token(teacher, int(context), targets / each)
+    flops += read * forward_flops_per_token(config, int(context), targets / each)
     flops += generated * forward_flops_per_token(author, int(context))
     memory: Terms | str
     try:

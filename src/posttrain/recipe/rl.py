@@ -175,8 +175,8 @@ READ: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 class Prime(Block):
-    """Process rewards from a model that learns, while the policy is trained, which answers are right (PRIME, Cui et al.,
-    2502.01456): a second set of the weights that the policy trains, and as many of its optimiser's numbers."""
+    """Process rewards from a model that learns, while the policy is trained, which answers are right (PRIME, Cui et
+    al., 2502.01456): a second set of the weights that the policy trains, with moments of its own."""
 
     beta: float = Field(
         0.05, gt=0, description="A token earns this times its log-ratio of that model to the stage's starting model."
@@ -256,6 +256,8 @@ class Grpo(Rl):
                 if other in self.model_fields_set and getattr(self, other) != type(self).model_fields[other].default:
                     what = f"{key}: {getattr(self, key)} does not read it"
                     problems.append(((other,), what + (f"; it reads {', '.join(mine)}" if mine else "")))
+        if min(self.sapo_tau) <= 0:
+            problems.append((("sapo_tau",), f"each must be above 0, not {list(self.sapo_tau)}"))
         if self.n == 1 and (self.advantage != "whitened" or self.max_draws > 1):
             problems.append((("n",), "one completion has nothing to be compared with; take 2 or more"))
         if self.prime is not None and self.advantage != "leave_one_out":
@@ -288,7 +290,7 @@ class Ppo(Rl):
     critic: str | None = Field(
         None,
         pattern=r"^stage:",
-        description="stage:ID, an earlier ppo stage whose critic this one goes on with; null: it begins at 0 everywhere.",
+        description="stage:ID, an earlier ppo stage whose critic this one goes on with; null: it begins at 0.",
     )
     value_weight: float = Field(0.1, gt=0, description="Weight of the critic's loss.")
     value_clip: float | None = Field(

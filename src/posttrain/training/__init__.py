@@ -34,7 +34,7 @@ METHODS: dict[str, Entry] = {
         "Yuan et al., 2401.10020; Wu et al., 2407.19594",
     ),
     "grpo": Entry(
-        "Policy gradient on groups: GRPO, Dr. GRPO, DAPO, GSPO, CISPO, SAPO, GMPO, VESPO, RLOO, REINFORCE++",
+        "Policy gradient on groups: GRPO, Dr. GRPO, DAPO, GSPO, CISPO, SAPO, GMPO, VESPO, RLOO, REINFORCE++, PRIME",
         "Shao et al., 2402.03300",
     ),
     "ppo": Entry("Proximal policy optimisation with a critic", "Schulman et al., 1707.06347"),
