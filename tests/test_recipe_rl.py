@@ -65,7 +65,9 @@ def test_the_message_says_what_is_read():
     [
         ({"n": 1}, "nothing to be compared with"),
         ({"n": 1, "advantage": "whitened", "max_draws": 2}, "nothing to be compared with"),
+        ({"environment": {"tools": ["python", "python"]}}, "names one tool twice"),
         ({"max_draws": 2, "staleness": 1}, "asked ahead"),
+        ({"objective": "sapo", "sapo_tau": [0.0, 1.0]}, "each must be above 0"),
         ({"kl_weight": 0.1, "kl_estimator": "k1"}, "pulls nowhere"),
         ({"kl_weight": 0.1, "kl_estimator": "k2", "kl_corrected": True}, "as it stands"),
         ({"reference_reset": 3, "iterations": 2}, "take a multiple"),

@@ -38,6 +38,12 @@ class ToolsEnvironment(Block):
     )
     timeout_s: float = Field(5.0, gt=0, description="Seconds after which a program given to python is ended.")
 
+    @model_validator(mode="after")
+    def _tools_differ(self) -> ToolsEnvironment:
+        if len(set(self.tools)) < len(self.tools):
+            raise Misfit((("tools",), "names one tool twice"))
+        return self
+
 
 class Rl(Rewarded, StageBase):
     """What every stage has that learns from its own samples."""
