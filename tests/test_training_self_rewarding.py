@@ -90,7 +90,7 @@ def texts(line: dict[str, Any]) -> tuple[str, str]:
 
 def test_the_best_and_the_worst_by_mean_grades_are_a_pair(tmp_path: Path) -> None:
     """Of 0 to 5: "a" has a mean of 1.5, "b b" of 4.5, and "c c c", one of whose judgements cannot be read, of 0: as
-    shares of the range 0.3, 0.9 and 0. Likewise for each of two prompts: mean reward 0.4, one judgement in six unread."""
+    shares of the range 0.3, 0.9 and 0. So for each of two prompts: mean reward 0.4, one judgement in six unread."""
     method, says = of(tmp_path, ANSWERS, JUDGED)
     batch = method.batch(0)
     lines = kept(tmp_path / "judged-0.jsonl")
@@ -211,9 +211,7 @@ def pairwise(policy: Policy, batch: Any, reference: list[float], beta: float, nl
     the preferred side the NLL per token."""
     logps = [plain_logps(policy, row.context, row.completion) for row in batch.rows]
     ratios = [x.sum() - r for x, r in zip(logps, reference, strict=True)]
-    losses = [
-        -torch.nn.functional.logsigmoid(beta * (a - b)) for a, b in zip(ratios[::2], ratios[1::2], strict=True)
-    ]
+    losses = [-torch.nn.functional.logsigmoid(beta * (a - b)) for a, b in zip(ratios[::2], ratios[1::2], strict=True)]
     return torch.stack(losses).mean() - nll * torch.cat(logps[::2]).mean()
 
 

@@ -211,9 +211,7 @@ def _batches(stage: Stage, data: Prepared, seed: int) -> list[list[tuple[Row, ..
             elif isinstance(stage, SelfRewarding):
                 own = stage.judging if stage.meta_judge else stage.sampling
                 units.append(tuple(_sampled(item.prompt_ids, own, k) for k in range(2)))
-            elif isinstance(stage, Constitutional) and not item.completion_ids:
-                units.append((_sampled(item.prompt_ids, stage.sampling, 0),))
-            elif isinstance(stage, RejectionSampling):
+            elif isinstance(stage, RejectionSampling | Constitutional) and not item.completion_ids:
                 units.append((_sampled(item.prompt_ids, stage.sampling, 0),))
             elif isinstance(stage, Distill) and (stage.mode == "on_policy" or not item.completion_ids):
                 units.append((max(chosen(item), _sampled(item.prompt_ids, stage.sampling, 0), key=len),))

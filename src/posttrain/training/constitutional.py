@@ -81,8 +81,8 @@ def revise(
             live = [draft for draft in drafts if draft.said is not None]
             for draft in live:
                 draft.talk = _further(draft, request.format(principle=draft.rounds[-1]["principle"]))
-            names = derive(seed, stage.id, what, number)
-            found, cost = attempted(sampler, [draft.talk for draft in live], 1, stage.sampling, names)
+            chance = derive(seed, stage.id, what, number)
+            found, cost = attempted(sampler, [draft.talk for draft in live], 1, stage.sampling, chance)
             ledger += cost
             for draft, said in zip(live, found, strict=True):
                 draft.said = None if isinstance(said, UserError) else said[0]
