@@ -43,8 +43,8 @@ def critic(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (asked,) = judge.question(Example(f"q:{i}", (turn("user", text),)), answer).prompt
             said = turn("assistant", f"<grade>{rng.randint(1, 5)}</grade>")
             examples.append(Example(f"q:{len(examples)}", (asked,), (said,)))
-    common = {"id": "critic", "kind": "sft", "data": source("none"), "steps": 60, "batch_size": 8}
-    how = Sft.model_validate({**common, "tokens_per_forward": 8192, "optim": {"lr": 5e-3}, "check_first_step": False})
+    common = {"id": "critic", "kind": "sft", "data": source("none"), "steps": 60, "batch_size": 6}
+    how = Sft.model_validate({**common, "tokens_per_forward": 8192, "optim": {"lr": 1e-2}, "check_first_step": False})
     train(policy, SftMethod(how, prepared(examples), SEED), how, folder / "run", SEED)
     policy.save(folder / "model")
     return folder / "model"
@@ -148,10 +148,13 @@ def test_a_model_that_rewards_itself(here: Path, capsys: Any) -> None:
         assert all(0 <= line["rewards"][1] < line["rewards"][0] <= 1 for line in kept)
         assert 0 <= row["unread"] < 1
     assert record("self_rewarding")["ledger"]["generated_tokens"] <= planned["generated_tokens"]
-    given = recipe("self_rewarding", meta_judge=True)
-    given["stages"][0]["judging"]["n"] = 3
+
+
+def test_judgements_that_are_compared_are_planned_for(here: Path, capsys: Any) -> None:
+    """Of each prompt 4 answers with 3 judgements each, and 3 x 2 comparisons of those of one answer."""
+    given = recipe("self_rewarding", meta_judge=True, judging={"n": 3, "max_new_tokens": 24})
     assert main([*write(given), "--dry-run", "--json"]) == 0
-    (planned,) = json.loads(capsys.readouterr().out.splitlines()[-1])["stages"]
+    (planned,) = json.loads(capsys.readouterr().out)["stages"]
     assert planned["generated_tokens"] == 2 * 6 * (4 * (8 + 3 * 24) + 3 * 2 * 24)
 
 
