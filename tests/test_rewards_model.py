@@ -204,7 +204,8 @@ def test_the_implicit_reward_is_a_scaled_log_ratio() -> None:
     found = values(implicit_scorer(policy, reference, RENDERER, beta=0.3)(rollouts))
     assert found == pytest.approx([0.3 * (logp(policy, r) - logp(reference, r)) for r in rollouts], abs=1e-4)
     assert values(implicit_scorer(policy, policy, RENDERER, beta=0.3)(rollouts)) == [0.0] * len(TEXTS)
-    cut = replace(rollouts[1], ids=rollouts[1].ids[:-1], finish="length")  # no end is made up
+    kept = {"ids": rollouts[1].ids[:-1], "target": rollouts[1].target[:-1]}
+    cut = replace(rollouts[1], **kept, finish="length")  # no end is made up
     [value] = values(implicit_scorer(policy, reference, RENDERER, beta=0.3)([cut]))
     assert value == pytest.approx(0.3 * (logp(policy, cut) - logp(reference, cut)), abs=1e-4)
 

@@ -142,6 +142,7 @@ def _whole(solution: Rollout, tokens: int, tail: Rollout, renderer: Renderer, sa
         prompt_ids=solution.prompt_ids,
         ids=ids,
         logps=(*solution.logps[:tokens], *tail.logps),
+        target=(*solution.target[:tokens], *tail.target),
         text=completion_text(renderer.decode(ids), sampling.stop),
     )
 
