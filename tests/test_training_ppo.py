@@ -102,7 +102,9 @@ def test_every_worker_has_the_critic_of_one(tmp_path: Path, adapter: Lora | None
     assert same(critic, other)
     assert same(weights, others)
     found: dict[str, Any] = {}
-    alone, _ = run("ppo", tmp_path / "one", adapter, change=lambda method, _: found.update(method=method), optim={"lr": 1e-3})
+    alone, _ = run(
+        "ppo", tmp_path / "one", adapter, change=lambda method, _: found.update(method=method), optim={"lr": 1e-3}
+    )
     for name, weight in found["method"].critic.state_dict().items():
         assert weight.abs().max() > 1e-4
         torch.testing.assert_close(critic[name], weight, rtol=1e-3, atol=1e-5)

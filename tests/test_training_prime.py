@@ -52,9 +52,7 @@ def outcome(rollouts: list[Rollout], scores: list[Score]) -> list[float | None]:
             found.append(None)
             continue
         group = [
-            s.value
-            for r, s in zip(rollouts, scores, strict=True)
-            if r.group == rollout.group and s.value is not None
+            s.value for r, s in zip(rollouts, scores, strict=True) if r.group == rollout.group and s.value is not None
         ]
         centred = group_advantages(torch.tensor([group]), std="none")[0, group.index(score.value)].item()
         found.append(centred * len(group) / max(len(group) - 1, 1))
@@ -85,9 +83,7 @@ def test_it_is_its_formulas(adapter: Lora | None) -> None:
         right = torch.tensor([float(scores[i].outcome == "correct") for i in scored], dtype=torch.float64)
         with torch.no_grad():
             origin = [plain_logps(reference, r.prompt_ids, r.ids) for r in rollouts]
-        odds = [
-            BETA * (plain_logps(model, rollouts[i].prompt_ids, rollouts[i].ids) - origin[i]).sum() for i in scored
-        ]
+        odds = [BETA * (plain_logps(model, rollouts[i].prompt_ids, rollouts[i].ids) - origin[i]).sum() for i in scored]
         loss = binary_cross_entropy_with_logits(torch.stack(odds), right)
         adamw.zero_grad()
         loss.backward()
@@ -103,7 +99,9 @@ def test_it_is_its_formulas(adapter: Lora | None) -> None:
             torch.testing.assert_close(weight.detach(), model.parameters()[name].detach(), **LOOSE)
 
         with torch.no_grad():
-            rewards = [BETA * (plain_logps(model, r.prompt_ids, r.ids) - o) for r, o in zip(rollouts, origin, strict=True)]
+            rewards = [
+                BETA * (plain_logps(model, r.prompt_ids, r.ids) - o) for r, o in zip(rollouts, origin, strict=True)
+            ]
         for i, whole in enumerate(outcome(rollouts, scores)):
             if whole is None:
                 assert method.advantages[i] is None
@@ -204,9 +202,7 @@ def test_its_weights_and_moments_are_counted(kl_weight: float) -> None:
 
 
 def told(right: Any) -> Any:
-    return lambda rollouts: [
-        Score(1.0, "correct") if right(r.ids) else Score(0.0, "wrong") for r in rollouts
-    ]
+    return lambda rollouts: [Score(1.0, "correct") if right(r.ids) else Score(0.0, "wrong") for r in rollouts]
 
 
 def toy_method(policy: Any, right: Any, steps: int, **settings: Any) -> GrpoMethod:

@@ -10,7 +10,7 @@ import numpy as np
 Row = dict[str, Any]
 
 DRIFT = 0.5
-"""Nats per token of KL, from the base on general prompts or from a stage's reference on what it learned from, above which
+"""Nats per token of KL, from the base on general prompts or from a stage's reference on what it learned from. Above it
 a reader should look."""
 UNPARSED = 0.02
 SIGNAL = 0.2

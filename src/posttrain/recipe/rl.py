@@ -188,9 +188,7 @@ class Prime(Block):
         0.05, gt=0, description="A token earns this times its log-ratio of that model to the stage's starting model."
     )
     gamma: float = Field(1.0, gt=0, le=1, description="Discount of a process reward for each token before it.")
-    lr: float = Field(
-        1e-4, gt=0, description="Learning rate of that model, constant; twice the policy's in the paper."
-    )
+    lr: float = Field(1e-4, gt=0, description="Learning rate of that model, constant; twice the policy's in the paper.")
 
 
 class Grpo(Rl):

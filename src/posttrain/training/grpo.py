@@ -24,7 +24,6 @@ from posttrain.training.batch import Batch, Metrics
 from posttrain.training.prime import ImplicitRewards
 from posttrain.training.rollouts import RolloutMethod, Scored
 
-
 PROCESS = "prime/"
 """Before the names of what a checkpoint holds of process rewards."""
 
