@@ -439,7 +439,7 @@ def test_rewards_that_lipo_cannot_weigh_pairs_by_are_refused():
     def wide(example: Example, text: str) -> Score:
         return Score(30.0 * lengths(example, text).value, "correct")
 
-    with pytest.raises(UserError, match="stage 'toy': loss lipo .* must lie between 0 and 1, and one is"):
+    with pytest.raises(UserError, match=r"stage 'toy': loss lipo .* must lie between 0 and 1, and one is"):
         judged_on_policy(stage, prepared(asked()), LocalSampler(policy, RENDERER), scorer(wide), SEED)
 
 
