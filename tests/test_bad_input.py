@@ -101,6 +101,7 @@ def write(content: Recipe | str | bytes) -> list[str]:
         (recipe(kind="sfft"), "stages.0.kind: unknown kind 'sfft' (did you mean `sft`?)"),
         (recipe(kind="grpo", sampling={"stop": [""]}), "stages.0.sampling.stop: holds an empty text, at which every"),
         (recipe(kind="online_preference", n=1), "stages.0.n: must be a whole number, at least 2, not 1"),
+        (recipe(kind="grpo", sampling={"temperature": 1e-45}), "stages.0.sampling.temperature: is so near 0 that"),
         (recipe(optim={"betas": [0.9, 1.0]}), "stages.0.optim.betas: each must be at least 0 and below 1, not [0.9, 1"),
         (recipe(model={"source": "model", "adapter": {"targets": []}}), "model.adapter.targets: names no layer"),
         (recipe() | {"schema": 2}, "schema: recipe format 2 is newer than this posttrain"),

@@ -101,6 +101,8 @@ def test_the_default_is_the_verifier() -> None:
         ),
         ([{"kind": "length", "max_tokens": 4, "buffer": 5}], "no answer is unpunished"),
         ([{"kind": "format", "tags": ["think", "think"]}], "names one tag twice"),
+        ([{"kind": "format", "tags": ["a<b"]}], "'a<b' is no name of a tag"),
+        ([{"kind": "exact"}, {"kind": "ensemble", "of": ["exact", "exact"]}], "names one reward twice"),
         ([{"kind": "exact", "weight": 0}, {"kind": "verifier", "weight": 0}], "all answers would earn the same"),
         (
             [{"kind": "exact"}, {"kind": "verifier"}, {"kind": "ensemble", "of": ["exact", "verifier"], "weight": 0}],

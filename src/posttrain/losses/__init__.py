@@ -129,9 +129,7 @@ TABLE: dict[str, Entry] = {
     ),
     "ipo": Entry(ipo, "A margin to reach, on means of log-ratios", "Azar et al., 2310.12036"),
     "exo": Entry(exo, "Reverse KL to the labels, on summed log-ratios", "Ji et al., 2402.00856"),
-    "nca": Entry(
-        partial(nca, beta=0.01), "Noise contrast of each side with the reference", "Chen et al., 2402.05369"
-    ),
+    "nca": Entry(partial(nca, beta=0.01), "Noise contrast of each side with the reference", "Chen et al., 2402.05369"),
     "bco": Entry(partial(bco, beta=0.01), "Each side classified on its own", "Jung et al., 2404.04656"),
     "sppo": Entry(
         partial(sppo, beta=1e-3), "Self-play with hard labels: each side to its target", "Wu et al., 2405.00675"

@@ -105,9 +105,11 @@ class Sampling(Block):
     )
 
     @model_validator(mode="after")
-    def _stops_say_something(self) -> Sampling:
+    def _can_be_drawn(self) -> Sampling:
         if "" in self.stop:
             raise Misfit((("stop",), "holds an empty text, at which every completion would end before it begins"))
+        if 0 < self.temperature < 1e-4:
+            raise Misfit((("temperature",), "is so near 0 that logits divided by it overflow; take 0, which is greedy"))
         return self
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -72,6 +73,8 @@ class FormatReward(RewardBase):
     def _tags_differ(self) -> FormatReward:
         if len(set(self.tags)) < len(self.tags):
             raise Misfit((("tags",), "names one tag twice, and an answer has each but once"))
+        if odd := [tag for tag in self.tags if not re.fullmatch(r"[\w.:-]+", tag)]:
+            raise Misfit((("tags",), f"{odd[0]!r} is no name of a tag; take letters, digits, _ . : -"))
         return self
 
 
@@ -242,6 +245,8 @@ class Rewarded(Block):
             if _compares(reward) and getattr(self, "n", 2) == 1:
                 what = f"{reward.name!r} compares the answers to a prompt with each other, and n is 1: take 2 or more"
                 problems.append((("rewards", i), what))
+            if isinstance(reward, EnsembleReward) and len(set(reward.of)) < len(reward.of):
+                problems.append((("rewards", i, "of"), "names one reward twice"))
             for member in reward.of if isinstance(reward, EnsembleReward) else ():
                 if member not in singles:
                     there = ", ".join(singles) or "none"
