@@ -346,8 +346,9 @@ def judged_on_policy(
         made[source].append(Judged(rows, rewards, sample))
     if not any(made):
         raise UserError(
-            f"stage {stage.id!r}: none of {how.prompts} prompts gave answers of different score, so there is no pair "
-            "to learn from; raise on_policy.n or temperature, or choose a task that the model solves sometimes"
+            f"stage {stage.id!r}: none of {how.prompts} prompts gave answers of different score "
+            f"({sum(map(math.isnan, values))} of {len(values)} answers have none), so there is no pair to learn from; "
+            "raise on_policy.n or temperature, or choose a task that the model solves sometimes"
         )
     facts = {
         "prompts": how.prompts,
