@@ -48,10 +48,11 @@ def row(
 def show(rows: Sequence[Row]) -> None:
     width = max(len(r["what"]) for r in rows)
     for r in rows:
-        low, high = r["spread"]
+        ends = r.get("interval") or r.get("spread")
+        between = f"  ({ends[0]:.2f} to {ends[1]:.2f})" if ends else ""
         goals = [f"{name.replace('_', ' ')} {r[name]}" for name in ("at_least", "at_most") if name in r]
         goal = f"  {'met' if r['met'] else 'NOT MET'}: {', '.join(goals)}" if goals else ""
-        print(f"{r['what']:{width}}  {r['value']:10.2f} {r['unit']:8}  ({low:.2f} to {high:.2f}){goal}")
+        print(f"{r['what']:{width}}  {r['value']:10.2f} {r['unit']:10}{between}{goal}")
 
 
 def parser(doc: str | None, *names: str) -> argparse.ArgumentParser:

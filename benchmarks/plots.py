@@ -1,4 +1,4 @@
-"""Plots for docs/performance.md from docs/measured/*.json; the same numbers give the same bytes.
+"""Plots for docs/performance.md and docs/results.md from docs/measured/*.json; the same numbers give the same bytes.
 
 python benchmarks/plots.py
 """
@@ -6,10 +6,12 @@ python benchmarks/plots.py
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, StrMethodFormatter
 from measured import Row
@@ -27,18 +29,32 @@ STYLE = {
     "axes.spines.right": False,
 }
 OURS, OTHERS, GOAL = "#1b6ca8", "#9a9a9a", "#c03a2b"
+LINES = (("#1b6ca8", "o"), ("#d1741d", "s"), ("#2b8a4b", "^"), ("#8e4a9e", "D"), ("#555555", "v"))
+"""Colour and mark of each method: to be told apart without colour too."""
 AGAINST = ": speed against "
 ENDINGS = {"TRL's": "TRL", "generate's": "generate"}
 
 
 def main() -> None:
-    draw(json.loads((MEASURED / "engine.json").read_text()), json.loads((MEASURED / "growth.json").read_text()), PLOTS)
+    found = {name: json.loads((MEASURED / f"{name}.json").read_text()) for name in ("engine", "growth", "rlvr")}
+    draw(found["engine"], found["growth"], PLOTS)
+    draw_learning(found["rlvr"], PLOTS)
 
 
 def draw(rows: list[Row], growth: dict[str, Any], folder: Path) -> list[Path]:
+    return _saved(
+        lambda: {"engine": speeds(rows), **{f"growth-{name}": curve(found) for name, found in growth.items()}}, folder
+    )
+
+
+def draw_learning(found: dict[str, Any], folder: Path) -> list[Path]:
+    return _saved(lambda: {"rlvr": learning(found)}, folder)
+
+
+def _saved(make: Callable[[], dict[str, Figure]], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
-        figures = {"engine": speeds(rows), **{f"growth-{name}": curve(found) for name, found in growth.items()}}
+        figures = make()
         paths = []
         for name, figure in figures.items():
             paths.append(folder / f"{name}.svg")
@@ -85,6 +101,22 @@ def curve(found: dict[str, Any]) -> Figure:
     axes.set_ylabel(found["unit"])
     if len(names) > 1:
         axes.legend(frameon=False)
+    return figure
+
+
+def learning(found: dict[str, Any]) -> Figure:
+    """Of each method the mean over its seeds, and what lies between the lowest and the highest of them."""
+    figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
+    axes = figure.subplots()
+    for (name, seeds), (color, marker) in zip(found["curves"].items(), LINES, strict=True):
+        accuracies = 100 * np.array(seeds)
+        xs = np.linspace(0, found["tokens"], accuracies.shape[1])
+        axes.fill_between(xs, accuracies.min(0), accuracies.max(0), color=color, alpha=0.12, linewidth=0)
+        axes.plot(xs, accuracies.mean(0), marker=marker, markersize=4, color=color, label=name)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.set_xlabel("sampled tokens")
+    axes.set_ylabel("held-out sums right, %")
+    axes.legend(frameon=False)
     return figure
 
 

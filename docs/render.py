@@ -40,7 +40,8 @@ def rendered(text: str) -> str:
 
 def measured_table(rows: Sequence[dict[str, Any]], by: str | None = None) -> str:
     """A line for each row, and once for all rows of a machine how they came about: `by`, or by their commands."""
-    interval = "lowest to highest" if any("spread" in row for row in rows) else "95 % interval"
+    kinds = {"interval": "95 % interval", "spread": "lowest to highest"}
+    interval = ", or ".join(name for key, name in kinds.items() if any(key in row for row in rows)) or "95 % interval"
     lines = _table(
         ("what", "measured", interval, "required", "met"),
         (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +16,11 @@ import torch
 from test_readme import by_path
 from tiny import tiny_policy
 
+from posttrain.records import Example
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
-NAMES = ("run", "train", "sampling", "peak", "checkpoint", "growth", "cluster")
+NAMES = ("run", "train", "sampling", "peak", "checkpoint", "growth", "cluster", "results")
 
 
 @pytest.fixture(scope="module")
@@ -143,3 +147,92 @@ def test_workloads_are_what_they_say() -> None:
     words = [{key: len(text.split()) for key, text in row.items()} for row in workload.rows(long._replace(steps=40))]
     prompts, answers = (sum(row[key] for row in words) for key in ("prompt", "chosen"))
     assert prompts / answers == pytest.approx(4, rel=0.1)
+
+
+# Results
+
+
+@pytest.fixture(scope="module")
+def public(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the results are measured on, in small."""
+    folder = tmp_path_factory.mktemp("public")
+    results = script("results")
+    for name in (results.PAIRS, results.DIALOGUES):
+        (folder / name).parent.mkdir()
+    rows = [{"instruction": f"Say {i}.", "input": "", "output": f"It is {i}."} for i in range(60)]
+    (folder / results.ANSWERS).write_text(json.dumps(rows))
+    pairs = [{**row, "chosen": row["output"], "rejected": f"{i}. Now go."} for i, row in enumerate(rows)]
+    (folder / results.PAIRS).write_text(json.dumps(pairs))
+    asked = "\n\nHuman: May I take {}?\n\nAssistant: {}."
+    said = [{"chosen": asked.format(i, "No"), "rejected": asked.format(i, "Yes")} for i in range(20)]
+    with gzip.open(folder / results.DIALOGUES, "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in said)
+    return folder
+
+
+def test_results_of_a_quick_run(model: Path, public: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results, folder = script("results"), tmp_path / "runs"
+    names = ["politeness", "harmlessness", "rlvr-0", "distill"]
+    where = ["--model", str(model), "--data", str(public), "--folder", str(folder)]
+    rows = run("results", tmp_path / "rewards.json", *where, "--only", *names)
+    learned = results.rlvr_rows(folder / "rlvr-0", folder / "rlvr-0")
+    assert not any(row["what"].startswith("sums") for row in rows)  # a seed is no three seeds
+    for row in [*rows, *learned]:
+        low, high = row.get("interval") or row.get("spread") or [row["value"]] * 2
+        assert low <= row["value"] <= high, row["what"]
+        assert ("met" in row) == ("at_least" in row or "at_most" in row)
+    assert len({row["what"] for row in [*rows, *learned]}) == len([*rows, *learned])
+    assert {row["command"] for row in rows} == {
+        f"python benchmarks/results.py --data DATA --only {name}" for name in ("politeness", "harmlessness", "distill")
+    }
+    _, curves = results.rlvr_curves([folder / "rlvr-0"])
+    assert {len(seed) for seeds in curves.values() for seed in seeds} == {results.POINTS + 1}
+    assert len({seeds[0][0] for seeds in curves.values()}) == 1  # one start
+    asked = {row["prompt"] for row in results.read_rows(folder / "politeness/answers-dpo.jsonl")}
+    taught = {row["prompt"][0]["content"] for row in results.read_rows(folder / "politeness/pairs.jsonl")}
+    assert asked
+    assert not asked & taught
+    results.do("distill", results.Work(folder / "distill", public, str(model), True))
+    assert "done already" in capsys.readouterr().out
+
+
+def test_win_rate_at_equal_length() -> None:
+    """Who always wins when longer, and loses when shorter, is no better; who wins whatever the length, is."""
+    rate = script("results").at_equal_length
+    longer = [float(x) for x in range(-50, 51)]
+    by_length, interval = rate([(1.0 if x > 0 else 0.0 if x < 0 else 0.5) for x in longer], longer)
+    assert by_length == pytest.approx(0.5, abs=1e-6)
+    assert interval.low < 0.5 < interval.high
+    won = [float(i % 4 > 0) for i in range(200)]
+    same, interval = rate(won, [0.0] * 200)
+    assert same == pytest.approx(0.75, abs=0.01)
+    assert interval.low == pytest.approx(0.685, abs=0.01)  # Wilson's is 0.686 to 0.805
+    rng = random.Random(0)
+    lengths = [rng.uniform(-9, 3) for _ in won]
+    there, back = rate(won, lengths)[0], rate([1 - w for w in won], [-x for x in lengths])[0]
+    assert there + back == pytest.approx(1)
+    assert 0.9 < rate([1.0] * 50, lengths[:50])[0] < 1
+
+
+def test_no_prompt_is_on_both_sides() -> None:
+    results = script("results")
+    made = [Example(str(i), ({"role": "user", "content": f"What is {i % 20}?"},)) for i in range(60)]
+    first, second = results.parted(made, 0.7)
+    prompts = [{e.prompt[0]["content"] for e in side} for side in (first, second)]
+    assert [len(side) for side in prompts] == [14, 6]
+    assert not prompts[0] & prompts[1]
+    assert {e.id for e in results.parted(made[::-1], 0.7)[0]} == {e.id for e in first}
+
+
+def test_values_at_equal_tokens() -> None:
+    between = script("results").interpolated
+    assert between(150, [0, 100, 200], [0.0, 0.4, 0.6]) == pytest.approx(0.5)
+    assert between(150, [0, 100, 200], [[0, 1], [4, 2], [6, 4]]) == pytest.approx([5, 3])
+
+
+def test_curves_of_learning(tmp_path: Path) -> None:
+    plots = script("plots")
+    found = {"tokens": 300.0, "curves": {name: [[0.3, 0.4], [0.3, 0.6]] for name in "abcde"}}
+    once, again = (plots.draw_learning(found, tmp_path / name)[0].read_bytes() for name in ("one", "two"))
+    assert once == again
+    assert b"sampled tokens" in once
