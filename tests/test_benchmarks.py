@@ -16,7 +16,7 @@ from tiny import tiny_policy
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
-NAMES = ("run", "train", "sampling", "peak", "checkpoint", "growth", "cluster")
+NAMES = ("run", "train", "sampling", "peak", "breakdown", "checkpoint", "growth", "cluster")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_each_says_how_it_is_used(
     assert "--quick" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["peak", "checkpoint"])
+@pytest.mark.parametrize("name", ["peak", "breakdown", "checkpoint"])
 def test_rows_of_a_quick_run(name: str, model: Path, tmp_path: Path) -> None:
     rows = run(name, tmp_path / "engine.json", "--model", str(model))
     assert len({row["what"] for row in rows}) == len(rows)
