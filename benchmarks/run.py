@@ -18,8 +18,8 @@ import plots
 from measured import parser, show
 
 HERE = Path(__file__).resolve().parent
-SCRIPTS = ("peak", "train", "sampling", "checkpoint", "cluster", "growth")
-WITHOUT_RUNS = {"growth"}
+SCRIPTS = ("peak", "train", "breakdown", "sampling", "checkpoint", "cluster", "growth")
+WITHOUT_RUNS = {"breakdown", "growth"}
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ def run(work: Workload, folder: Path, turn: Turn) -> None:
     tune()
     policy = load(str(folder.parent / ("adapter" if work.lora else "model")))
     policy, method, stage, tokens = method_of(work, policy, folder)
-    before = _reference_seconds(policy, method, stage) / work.steps
+    before = reference_seconds(policy, method, stage) / work.steps
     # In the order of the file, as the other side reads it.
     method.order = [(0, row) for row in range(work.steps * work.batch)]  # type: ignore[attr-defined]
 
@@ -54,7 +54,7 @@ def run(work: Workload, folder: Path, turn: Turn) -> None:
     train(policy, method, stage, folder / "posttrain", 0, on_step)
 
 
-def _reference_seconds(policy: Policy, method: Method, stage: Any) -> float:
+def reference_seconds(policy: Policy, method: Method, stage: Any) -> float:
     """Of DPO's reference values: one pass over the data pays for them once, each step for its share.
 
     They are there already; they are taken again, for a first step of each side is not counted either.

@@ -20,7 +20,7 @@ from posttrain.records import Example
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
-NAMES = ("run", "train", "sampling", "peak", "checkpoint", "growth", "cluster", "results")
+NAMES = ("run", "train", "sampling", "peak", "breakdown", "checkpoint", "growth", "cluster", "results")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_each_says_how_it_is_used(
     assert "--quick" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["peak", "checkpoint"])
+@pytest.mark.parametrize("name", ["peak", "breakdown", "checkpoint"])
 def test_rows_of_a_quick_run(name: str, model: Path, tmp_path: Path) -> None:
     rows = run(name, tmp_path / "engine.json", "--model", str(model))
     assert len({row["what"] for row in rows}) == len(rows)
