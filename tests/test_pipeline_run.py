@@ -16,12 +16,12 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 from tiny import tiny_policy
+from tiny_runs import rows_of
 
 from posttrain.cli import main
 from posttrain.pipeline.run import run
 from posttrain.recipe.load import load
 from posttrain.records import UserError
-from posttrain.training.loop import TIMES
 
 SUMS = {
     "source": "reasoning_gym/chain_sum",
@@ -109,13 +109,7 @@ def assert_same_run(a: Path, b: Path) -> None:
         assert tensors.keys() == other.keys()
         assert all((t == other[name]).all() for name, t in tensors.items()), stage
         for name in ("metrics.jsonl", "samples.jsonl"):
-            rows, others = (
-                [
-                    {k: v for k, v in json.loads(line).items() if k not in TIMES}
-                    for line in (folder / "stages" / stage / name).read_text().splitlines()
-                ]
-                for folder in (a, b)
-            )
+            rows, others = (rows_of(folder / "stages" / stage / name) for folder in (a, b))
             assert rows == others, (stage, name)
     for name in ("suites", "comparisons", "retention"):
         assert json.loads((a / "evals.json").read_text())[name] == json.loads((b / "evals.json").read_text())[name]

@@ -289,7 +289,7 @@ def test_a_reward_model_that_is_proven_trains_a_policy_and_one_that_is_not_does_
     assert all(math.isfinite(row["reward"]) and row["reward/model"] for row in steps)
     capsys.readouterr()
     for source, why in {
-        "flat": "reward 'model' can be fooled, so no model may train on it",
+        "flat": "reward 'model' did not prove itself, so no model may train on it",
         "base": "is a language model, which has no head that scores",
         "stage:rl": "'rl' is no earlier stage of kind reward_model (there are: none)",
     }.items():

@@ -29,7 +29,7 @@ from posttrain.sampling.local import LocalSampler
 from posttrain.training.batch import Batch, Method
 from posttrain.training.distill import DistillMethod
 from posttrain.training.grpo import GrpoMethod
-from posttrain.training.loop import TIMES, train
+from posttrain.training.loop import train
 from posttrain.training.online import OnlineMethod
 from posttrain.training.ppo import PpoMethod
 from posttrain.training.preference import (
@@ -48,6 +48,8 @@ from posttrain.training.sft import SftMethod
 from posttrain.training.world import ALONE, World
 
 SEED = 3
+TIMES = ("seconds", "tokens_per_second")
+"""Metrics that a repeated run does not repeat."""
 QUESTIONS = (
     "What is 12 and 30?",
     "Is it far?",

@@ -83,7 +83,7 @@ def build(
         model = learned(reward, renderer, device)
         if failures := outranks(model, examples[:ASKED], renderer):
             listed = "\n  ".join(failures)
-            raise UserError(f"reward {reward.name!r} can be fooled, so no model may train on it:\n  {listed}")
+            raise UserError(f"reward {reward.name!r} did not prove itself, so no model may train on it:\n  {listed}")
         return model
 
     parts = [

@@ -28,9 +28,6 @@ from posttrain.training.oom import FEWER, enough_memory, halving
 from posttrain.training.optim import AdamW, adamw, clip, learning_rate, load_state, state_tensors
 from posttrain.training.world import ALONE, World, local
 
-TIMES = ("seconds", "tokens_per_second")
-"""Metrics that a repeated run does not repeat."""
-
 
 class NonFinite(Failure):
     """A loss, a gradient or an updated weight was NaN or infinite."""

@@ -123,10 +123,11 @@ class RejectionMethod(LogProbs):
             metrics["rationalised"] = len({slot for slot, _ in told}) / len(left)
             found += told
         if not found:
+            hint = "" if stage.hint else " give a hint,"
             raise UserError(
                 f"stage {stage.id!r}, round {number}: none of {len(drawn)} answers to {len(slots)} prompts came to its "
                 f"end and earned {stage.at_least:g} or more, so there is nothing to learn; raise prompts, n or "
-                "sampling.max_new_tokens, lower at_least, give a hint, or choose a task that the model solves sometimes"
+                f"sampling.max_new_tokens, lower at_least,{hint} or choose a task that the model solves sometimes"
             )
         metrics["examples"] = len(found)
         kept = [
