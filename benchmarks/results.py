@@ -76,7 +76,7 @@ QUICK: dict[str, dict[str, Any]] = {
         "stages.warmup.steps": POINTS,
         **{f"stages.{name}.{key}": n for name in LEARNERS if name != "rft" for key, n in (("batch_size", 2), ("n", 2))},
         **{f"stages.{name}.steps": POINTS for name in LEARNERS},
-        "stages.ppo.steps": 2 * POINTS,
+        "stages.ppo.steps": POINTS,
         "stages.rft.prompts": 64,
         "stages.rft.sampling.max_new_tokens": 64,
         "stages.rft.at_least": 0,
