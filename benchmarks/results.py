@@ -311,6 +311,9 @@ def politeness_rows(folder: Path) -> list[Row]:
     answers = {name: read_rows(folder / f"answers-{name}.jsonl") for name in ("base", *ALIGNED)}
     drift = {row["stage"]: row for row in read_json(folder / "run" / "evals.json")["retention"]}
     rows.append(_tokens("politeness: length of the base's answer", answers["base"]))
+    together = np.corrcoef([[a["tokens"], a["reward"]] for a in answers["base"]], rowvar=False)[0, 1]
+    what = "politeness: correlation of reward and length, answers of the base"
+    rows.append({"what": what, "value": float(together), "unit": "(Pearson)"})
     for stage, name in ALIGNED.items():
         pairs = list(zip(answers[stage], answers["base"], strict=True))
         won = [(float(np.sign(a["reward"] - b["reward"])) + 1) / 2 for a, b in pairs]
