@@ -313,7 +313,8 @@ def politeness_rows(folder: Path) -> list[Row]:
     rows.append(_tokens("politeness: length of the base's answer", answers["base"]))
     together = np.corrcoef([[a["tokens"], a["reward"]] for a in answers["base"]], rowvar=False)[0, 1]
     what = "politeness: correlation of reward and length, answers of the base"
-    rows.append({"what": what, "value": float(together), "unit": "(Pearson)"})
+    if np.isfinite(together):  # answers or rewards that are all alike have none
+        rows.append({"what": what, "value": float(together), "unit": "(Pearson)"})
     for stage, name in ALIGNED.items():
         pairs = list(zip(answers[stage], answers["base"], strict=True))
         won = [(float(np.sign(a["reward"] - b["reward"])) + 1) / 2 for a, b in pairs]
