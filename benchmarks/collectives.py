@@ -6,21 +6,24 @@ from collections import Counter
 from typing import Any
 
 import torch
-import torch.distributed as dist
+
+from posttrain.cluster.exchange import AllGather, ReduceScatter
 
 
 def counted() -> Counter[str]:
     """What every all-gather and reduce-scatter of this process moves from now on, the whole of what is cut."""
     sent: Counter[str] = Counter()
-    gather, scatter = dist.all_gather_single, dist.reduce_scatter_single
+    gather, scatter = AllGather.__call__, ReduceScatter.__call__
 
-    def all_gather(output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        sent["all-gather"] += output.nbytes
-        return gather(output, *args, **kwargs)
+    def all_gather(self: AllGather, output_tensor: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        sent["all-gather"] += output_tensor.nbytes
+        gather(self, output_tensor, *args, **kwargs)
 
-    def reduce_scatter(output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        sent["reduce-scatter"] += output.nbytes * dist.get_world_size()
-        return scatter(output, *args, **kwargs)
+    def reduce_scatter(
+        self: ReduceScatter, output_tensor: torch.Tensor, input_tensor: torch.Tensor, **kwargs: Any
+    ) -> None:
+        sent["reduce-scatter"] += input_tensor.nbytes
+        scatter(self, output_tensor, input_tensor, **kwargs)
 
-    dist.all_gather_single, dist.reduce_scatter_single = all_gather, reduce_scatter
+    AllGather.__call__, ReduceScatter.__call__ = all_gather, reduce_scatter  # type: ignore[method-assign]
     return sent

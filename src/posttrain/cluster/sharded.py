@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from posttrain.cluster.exchange import AllGather, ReduceScatter
 from posttrain.forest.attention import decoder
 from posttrain.models.policy import Policy
 from posttrain.training.world import World
@@ -103,6 +104,9 @@ def shard(policy: Policy, world: World, always: bool = False) -> ShardedPolicy:
     for group in _groups(root):
         group.set_gradient_divide_factor(1.0)
         group.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+        if mesh.device_type == "cpu":
+            group.set_custom_all_gather(AllGather())  # type: ignore[arg-type]
+            group.set_custom_reduce_scatter(ReduceScatter())  # type: ignore[arg-type]
     facts = policy.tokenizer, policy.source, policy.base_digest, policy.revision
     return ShardedPolicy(model, *facts, root=root, each_pass=always)
 
