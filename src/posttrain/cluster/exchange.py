@@ -21,10 +21,10 @@ class _Exchange:
 
 class AllGather(_Exchange):
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool) -> None:
-        """`output_tensor` [N * n] becomes the `input_tensor` [n] of every worker, by rank. Waits, also if `async_op`."""
+        """`output_tensor` [N * n] becomes every worker's `input_tensor` [n], by rank. It waits, asked to or not."""
         parts = output_tensor.view(group.size(), -1)
         parts[group.rank()].copy_(input_tensor)  # itself where FSDP lets the two share memory
-        _exchange([input_tensor] * group.size(), parts, group)
+        _exchange([input_tensor] * group.size(), list(parts), group)
 
 
 class ReduceScatter(_Exchange):
@@ -36,7 +36,7 @@ class ReduceScatter(_Exchange):
         parts = input_tensor.view(group.size(), -1)
         received = torch.empty_like(parts)
         received[group.rank()].copy_(parts[group.rank()])
-        _exchange(parts, received, group)
+        _exchange(list(parts), list(received), group)
         torch.sum(received, 0, out=output_tensor)
 
 
