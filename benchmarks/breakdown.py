@@ -1,16 +1,20 @@
-"""Where the time of our own training step goes, for the workloads that miss a goal.
+"""Where the time of our own training step goes, and that of a checkpoint, for the rows that miss a goal.
 
     python benchmarks/breakdown.py [--out docs/measured/engine.json]
 
 PyTorch's profiler over one step, and over the reference pass of a preference loss, after the steps that fill the heap.
 Every operation's own time counts for the part it belongs to; parts are shares of the whole. The profiler costs time
 too, most where operations are small, so that what is not a product is rather less in a run without it.
+
+Of a checkpoint of all weights: its copy, which training waits for, and what its thread then does, each alone.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -23,11 +27,13 @@ from train import QUICK, TITLES, WORKLOADS
 from workload import RANK, Workload, write
 
 from posttrain.machine import tune
+from posttrain.training.checkpoint import Writer
 from posttrain.training.loop import train
 
 NAMES = ("sft", "sft-full", "dpo-long")
 WARM = 8
 """Steps before the one that is looked at."""
+SAVES = 5
 
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_"}
 LAYERS, ADAPTER, HEAD, ATTENTION = "products of the layers", "products of the adapter", "the head", "attention"
@@ -44,7 +50,34 @@ def main() -> None:
         if work.name in NAMES:
             work = work._replace(steps=WARM + 2, **QUICK) if args.quick else work._replace(steps=WARM + 2)
             rows += _parts(work, args.model)
-    report(rows, args.out)
+    report(rows + _checkpoint(args.model), args.out)
+
+
+def _checkpoint(model: str) -> list[Row]:
+    """What saving all weights and their two moments takes, with nothing beside it."""
+    weights = policy_of(model, lora=False).parameters()
+    tensors = {f"{kind}.{name}": weight.detach() for kind in ("w", "m", "v") for name, weight in weights.items()}
+    copying, thread, hashing = [], [], []
+    with tempfile.TemporaryDirectory(dir=".") as name, Writer(Path(name), keep=1) as writer:  # on the disk of runs
+        for step in range(1 + SAVES):
+            began = time.perf_counter()
+            writer.save(step, tensors, {})
+            copying.append(time.perf_counter() - began)
+            began = time.process_time()
+            writer.wait()
+            thread.append(time.process_time() - began)
+            [file] = Path(name).glob("step-*/tensors-*")
+            content = file.read_bytes()
+            began = time.process_time()
+            hashlib.sha256(content)
+            hashing.append(time.process_time() - began)
+    title = "checkpoint, all weights"
+    return [
+        row(f"{title}: what is saved", "GB", [len(content) / 1e9]),
+        row(f"{title}: the copy that training waits for", "s", copying[1:]),  # the first maps the memory
+        row(f"{title}: processor time of the thread that writes", "s", thread[1:]),
+        row(f"{title}: of which SHA-256", "s", hashing[1:]),
+    ]
 
 
 def _parts(work: Workload, model: str) -> list[Row]:

@@ -2,7 +2,7 @@
 
 They move what a ring moves, (N - 1) / N of the tensor in and out of each of N workers. gloo's own ones take longer:
 its reduce-scatter is an all-reduce of which most is thrown away, and its ring waits for each neighbour in turn
-(`benchmarks/breakdown.py` compares them). They are handed to FSDP, which calls `allocate` for what it passes.
+(`benchmarks/cluster.py` compares them). They are handed to FSDP, which calls `allocate` for what it passes.
 """
 
 from __future__ import annotations
