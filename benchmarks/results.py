@@ -59,7 +59,7 @@ DIALOGUES = "hh_rlhf_harmless_test/test.jsonl.gz"
 ALIGNED = {"dpo": "DPO", "kto": "KTO", "orpo": "ORPO"}
 LEARNERS = {"grpo": "GRPO", "rloo": "RLOO", "reinforce": "REINFORCE++", "ppo": "PPO", "rft": "RFT"}
 SEEDS = (0, 1, 2)
-POINTS = 3
+POINTS = 6
 """How often a stage's model is looked at while it learns; the last time at its end."""
 SAMPLES = 4
 """Answers to each held-out sum at such a point, at temperature 1."""
