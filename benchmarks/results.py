@@ -71,12 +71,14 @@ TIME, THREADS = 2400, 2
 """Seconds that an experiment may take, with so many threads; with one thread half of its time counts."""
 QUICK: dict[str, dict[str, Any]] = {
     "harmlessness": {"stages.reward.steps": 2},
-    "politeness": {f"stages.{name}.steps": 2 for name in ("judge", *ALIGNED)},
+    "politeness": {
+        **{f"stages.{name}.steps": 2 for name in ("judge", *ALIGNED)},
+        "evals.retention": {"rows": 2, "max_new_tokens": 4},
+    },
     "rlvr": {
-        "stages.warmup.steps": POINTS,
         **{f"stages.{name}.{key}": n for name in LEARNERS if name != "rft" for key, n in (("batch_size", 2), ("n", 2))},
-        **{f"stages.{name}.steps": POINTS for name in LEARNERS},
-        "stages.ppo.steps": POINTS,
+        **{f"stages.{name}.steps": POINTS for name in ("warmup", *LEARNERS)},
+        **{f"stages.{name}.data.sources.0.rows": 80 for name in ("warmup", *LEARNERS)},
         "stages.rft.prompts": 64,
         "stages.rft.sampling.max_new_tokens": 64,
         "stages.rft.at_least": 0,
