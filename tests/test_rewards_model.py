@@ -248,6 +248,12 @@ def test_a_source_without_a_head_is_refused_before_weights_are_read(tmp_path: Pa
     check(JudgeReward(kind="judge", source=base))
     with pytest.raises(UserError, match="no such directory"):
         check(ImplicitReward(kind="implicit", source=base, reference=str(tmp_path / "nowhere")))
+    other = tiny_policy()
+    other.tokenizer.add_tokens(["zzz"])
+    other.save(tmp_path / "other")
+    with pytest.raises(UserError, match="have different tokenizers"):
+        check(ImplicitReward(kind="implicit", source=base, reference=str(tmp_path / "other")))
+    check(ImplicitReward(kind="implicit", source=base, reference=f"{base}/."))
 
 
 # Whole runs

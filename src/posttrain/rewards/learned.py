@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from posttrain.data.chat import Renderer
-from posttrain.models.policy import Policy, load
+from posttrain.models.policy import Policy, load, outline
 from posttrain.models.reward import headed
 from posttrain.models.source import resolve
 from posttrain.recipe.blocks import Sampling
 from posttrain.recipe.rewards import STAGE, ImplicitReward, JudgeReward, ModelReward, ProcessReward, Reward
-from posttrain.rewards.implicit import implicit_scorer
+from posttrain.rewards.implicit import check_tokens, implicit_scorer
 from posttrain.rewards.judge import RUBRIC, Judge, PairJudge, tournament
 from posttrain.rewards.model import model_scorer
 from posttrain.rewards.process import process_scorer
@@ -62,7 +62,7 @@ def check(reward: Learned) -> None:
     """Refuse what can be told before any weights are read.
 
     Raises:
-        UserError: a model is not there, or has no head that scores.
+        UserError: a model is not there, has no head that scores, or has other tokens than its reference.
     """
     if isinstance(reward, ModelReward | ProcessReward):
         if not reward.source.startswith(STAGE):  # else it is not trained yet
@@ -70,5 +70,4 @@ def check(reward: Learned) -> None:
     elif isinstance(reward, JudgeReward):
         resolve(reward.source, reward.revision)
     else:
-        resolve(reward.source)
-        resolve(reward.reference)
+        check_tokens(outline(reward.source), outline(reward.reference))
