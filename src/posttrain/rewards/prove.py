@@ -40,7 +40,7 @@ def prove(rule: Rule, examples: Sequence[Example], score: Callable[[Example, str
     return failures if rule.form else failures + _constants(golds, score)
 
 
-def compared(example: Example) -> Cases:
+def reference_cases(example: Example) -> Cases:
     """The cases of a rule that compares an answer with the example's reference answer."""
     gold = example.answer
     if gold is None:

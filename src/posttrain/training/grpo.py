@@ -17,7 +17,7 @@ from posttrain.credit.rloo import leave_one_out
 from posttrain.forest import Forest
 from posttrain.losses import kl, policy_gradient, ratio, reduce_tokens
 from posttrain.losses.policy import Level, cispo, gmpo, sapo, vespo
-from posttrain.losses.reduce import Aggregate
+from posttrain.losses.reduce import Reduction
 from posttrain.recipe.rl import Grpo
 from posttrain.records import Ledger, Rollout, Score
 from posttrain.training.batch import Batch, Metrics
@@ -156,7 +156,7 @@ def clip(stage: Grpo) -> dict[str, Any]:
     return {**bounds, "level": stage.ratio}
 
 
-def reduction(stage: Grpo) -> tuple[Aggregate, float]:
+def reduction(stage: Grpo) -> tuple[Reduction, float]:
     """`how` and `constant` of `reduce_tokens`."""
     if stage.aggregate == "sum":
         return "constant", 1.0
