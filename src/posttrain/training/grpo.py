@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from posttrain.credit.advantages import group_advantages
-from posttrain.credit.batch import at_all, at_sampled, by_token, compared, groups
+from posttrain.credit.batch import at_all, at_sampled, by_rollout, by_token, groups
 from posttrain.credit.prime import process_returns
 from posttrain.credit.reinforce import returns
 from posttrain.credit.rloo import leave_one_out
@@ -87,9 +87,9 @@ class GrpoMethod(RolloutMethod):
         match stage.advantage:
             case "group":
                 compare = partial(group_advantages, std=stage.baseline_std, eps=stage.std_eps)
-                return by_token(rollouts, compared(rollouts, scores, compare))
+                return by_token(rollouts, by_rollout(rollouts, scores, compare))
             case "leave_one_out":
-                outcome = by_token(rollouts, compared(rollouts, scores, leave_one_out))
+                outcome = by_token(rollouts, by_rollout(rollouts, scores, leave_one_out))
                 if self.process is not None:
                     return self._with_process(self.process, rollouts, scores, outcome)
                 return outcome
