@@ -35,9 +35,10 @@ from posttrain.evals import suites
 from posttrain.evals.stats import Interval, mean_interval, wilson
 from posttrain.forest import Row as Tokens
 from posttrain.forest import pack, split
+from posttrain.models.disk import read_json, read_rows, write_json, write_rows
 from posttrain.models.policy import Policy, load
+from posttrain.models.reward import load_reward_model
 from posttrain.models.student import half_depth
-from posttrain.pipeline.folder import read_json, read_rows, write_json, write_rows
 from posttrain.pipeline.run import run
 from posttrain.pipeline.stages import Job, Say, Trainer, stage_data, train_here
 from posttrain.recipe.blocks import Sampling, Source
@@ -145,7 +146,7 @@ def judge(work: Work, recipe: Recipe) -> None:
         if not asked:
             _, held = hold_out(recipe.stages[0], stage_data(recipe.stages[0], policy, frozenset()))
             asked = list({prompt_key(row.example): row.example for row in held}.values())
-            score = model_scorer(str(stages / "judge" / "artifact"), renderer)
+            score = model_scorer(load_reward_model(str(stages / "judge" / "artifact")), renderer)
         greedy = Sampling(temperature=0, max_new_tokens=8 if work.quick else LONGEST)
         rollouts, _ = LocalSampler(policy, renderer)(asked, 1, greedy, seed=0)
         rows = [

@@ -40,11 +40,11 @@ Stage = Annotated[
 ]
 
 
-def rewarded(stage: StageBase) -> tuple[tuple[str, ...], Rewarded] | None:
-    """The block that says what sampled answers are worth, and where it stands: the stage itself, or one of its keys."""
+def rewarded(stage: StageBase) -> tuple[tuple[str, ...], Rewarded | None]:
+    """Where the block stands that says what sampled answers are worth, in the stage or as one of its keys, and which."""
     if isinstance(stage, Rewarded):
         return (), stage
-    return next((((name,), block) for name, block in stage if isinstance(block, Rewarded)), None)
+    return next((((name,), block) for name, block in stage if isinstance(block, Rewarded)), ((), None))
 
 
 def _models(stage: StageBase) -> Iterator[tuple[tuple[str | int, ...], str, str | None]]:
@@ -54,8 +54,8 @@ def _models(stage: StageBase) -> Iterator[tuple[tuple[str | int, ...], str, str 
     for name, block in stage:
         if isinstance(block, Reference):
             yield (name, "source"), block.source, None
-    path, rewards = (found[0], found[1].rewards) if (found := rewarded(stage)) else ((), ())
-    for i, reward in enumerate(rewards):
+    path, scored = rewarded(stage)
+    for i, reward in enumerate(scored.rewards if scored else ()):
         for key in ("source", "reference"):
             if source := getattr(reward, key, None):
                 yield (*path, "rewards", i, key), source, SCORED_BY.get(reward.kind)
