@@ -57,7 +57,8 @@ def test_rollouts_are_as_old_as_the_recipe_says(tmp_path):
     digests: list[str] = []
 
     def change(method: Any, policy: Policy) -> None:
-        inner, batch = method.sampler, method.batch
+        own = method.sampler
+        inner, batch = own.sampler, method.batch
 
         def sampler(*question: Any) -> Any:
             made.append((question[3], policy.digest()))
@@ -67,7 +68,7 @@ def test_rollouts_are_as_old_as_the_recipe_says(tmp_path):
             digests.append(policy.digest())
             return batch(step)
 
-        method.sampler, method.batch = sampler, noted
+        own.sampler, method.batch = sampler, noted
 
     run("grpo", tmp_path, change=change, staleness=1, checkpoint_every=5)
     assert len(set(digests)) == 8

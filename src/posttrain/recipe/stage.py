@@ -36,7 +36,9 @@ class StageBase(Block):
         False, description="Keep no activations inside a layer but compute them again: less memory, a third more time."
     )
     check_first_step: bool = Field(
-        True, description="Compare the packed forward and backward pass with the plain one before the first step."
+        True,
+        description="Compare the packed forward and backward pass with the plain one before the first step, and the "
+        "sampler's log-probabilities with the trainer's on the first answers that it samples.",
     )
     optim: Optim = Field(default_factory=lambda: Optim(), description="Optimiser and its schedule.")
     checkpoint_every: int = Field(

@@ -14,7 +14,7 @@ from posttrain.recipe.supervised import Constitutional
 from posttrain.records import Example, Ledger, Rollout, UserError, derive
 from posttrain.sampling.protocol import Sampler, attempted
 from posttrain.training.batch import draws
-from posttrain.training.rollouts import Slot
+from posttrain.training.own import Slot
 
 REQUESTS = {
     "critique": """\

@@ -21,8 +21,9 @@ from posttrain.losses.reduce import Reduction
 from posttrain.recipe.rl import Grpo
 from posttrain.records import Ledger, Rollout, Score
 from posttrain.training.batch import Batch, Metrics
+from posttrain.training.own import Scored
 from posttrain.training.prime import ImplicitRewards
-from posttrain.training.rollouts import RolloutMethod, Scored
+from posttrain.training.rollouts import RolloutMethod
 
 PROCESS = "prime/"
 """Before the names of what a checkpoint holds of process rewards."""

@@ -16,7 +16,7 @@ from posttrain.data.prepare import Prepared, schedule
 from posttrain.data.steps import as_row, at_steps
 from posttrain.forest import Forest
 from posttrain.forest.logprobs import States
-from posttrain.losses import Counts, process_reward, reduce_tokens
+from posttrain.losses import process_reward, reduce_tokens
 from posttrain.models.disk import write_text
 from posttrain.models.reward import marked, read
 from posttrain.recipe.scoring import ProcessRewardModel
@@ -24,7 +24,7 @@ from posttrain.records import Example, Ledger, UserError, derive
 from posttrain.rewards.process import label_steps
 from posttrain.rewards.protocol import Scorer
 from posttrain.sampling.protocol import Sampler
-from posttrain.training.batch import Batch, asked, chosen, draws
+from posttrain.training.batch import Batch, asked, chosen, draws, singly
 
 
 class ProcessRewardMethod:
@@ -44,10 +44,7 @@ class ProcessRewardMethod:
         size = self.stage.batch_size
         now = [self.data.rows[s][i] for s, i in self.order[step * size : (step + 1) * size]]
         self.labels = [_per_token(solution) for solution in now]
-        rows = tuple(map(chosen, now))
-        counts = Counts(tokens=sum(sum(row.target) for row in rows), sequences=len(rows))
-        samples = tuple(_sample(solution) for solution in now[:1])
-        return Batch(rows, tuple((i,) for i in range(len(rows))), counts, samples=samples)
+        return singly([*map(chosen, now)], samples=tuple(map(_sample, now[:1])))
 
     def forward(self, model: torch.nn.Module, forest: Forest, states: States) -> Tensor:
         return marked(model, forest, states)
