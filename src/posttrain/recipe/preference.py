@@ -140,7 +140,9 @@ class Judging(Sampling):
     n: int = Field(3, ge=1, description="Judgements of each answer, whose grades are averaged.")
     max_new_tokens: int = Field(256, ge=1, description="Longest judgement, in tokens.")
     rubric: str | None = Field(
-        None, description="What earns an answer its points, 0 to 5; null: the five that add up in the paper."
+        None,
+        min_length=1,
+        description="What earns an answer its points, 0 to 5; null: the five that add up in the paper.",
     )
 
 

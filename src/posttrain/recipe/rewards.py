@@ -144,7 +144,7 @@ class JudgeReward(RewardBase):
     source: str = Field(description=f"The model that judges. {SOURCE}")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
     rubric: str | None = Field(
-        None, description="What a good answer is, or principles it keeps to; null: a general one."
+        None, min_length=1, description="What a good answer is, or principles it keeps to; null: a general one."
     )
     compare: bool = Field(
         False, description="Set each answer against every other to its prompt, in both orders, in place of a grade."
@@ -230,7 +230,7 @@ class Rewarded(Block):
         ge=0,
         le=1,
         description="Share of a batch's answers that may be impossible to score before the run stops; those are left "
-        "out, never taken for 0.",
+        "out, never taken for 0. A batch in which none has a score always stops it.",
     )
 
     @model_validator(mode="after")

@@ -30,10 +30,9 @@ def implicit_scorer(
     check_tokens(policy, reference)
     asked = [reader(model, partial(token_logprobs, model.model), tokens, logits=True) for model in (policy, reference)]
 
-    def ratios(rows: Sequence[Row]) -> tuple[list[list[float]], Ledger]:
-        (ours, cost), (theirs, other) = (ask(rows) for ask in asked)
-        apart = [[beta * (p - q) for p, q in zip(*row, strict=True)] for row in zip(ours, theirs, strict=True)]
-        return apart, cost + other
+    def ratios(rows: Sequence[Row], costs: list[Ledger]) -> list[list[float]]:
+        ours, theirs = (ask(rows, costs) for ask in asked)
+        return [[beta * (p - q) for p, q in zip(*row, strict=True)] for row in zip(ours, theirs, strict=True)]
 
     return by_rows(Rows(policy, renderer, None, ended=False), ratios, lambda values: graded(sum(values), 0.0))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from posttrain.data.chat import Renderer
 from posttrain.models.policy import Policy, load, outline
-from posttrain.models.reward import headed
+from posttrain.models.reward import headed, load_reward_model
 from posttrain.models.source import resolve
 from posttrain.recipe.blocks import Sampling
 from posttrain.recipe.rewards import STAGE, ImplicitReward, JudgeReward, ModelReward, ProcessReward, Reward
@@ -30,17 +30,11 @@ def learned(reward: Learned, renderer: Renderer, device: str = "auto") -> Scorer
     def model(source: str, revision: str | None = None) -> Policy:
         return load(source, revision=revision, device=device)
 
-    if isinstance(reward, ModelReward):
-        return model_scorer(reward.source, renderer, revision=reward.revision, device=device)
-    if isinstance(reward, ProcessReward):
-        return process_scorer(
-            reward.source,
-            renderer,
-            aggregate=reward.aggregate,
-            separator=reward.separator,
-            revision=reward.revision,
-            device=device,
-        )
+    if isinstance(reward, ModelReward | ProcessReward):
+        scoring = load_reward_model(reward.source, revision=reward.revision, device=device)
+        if isinstance(reward, ModelReward):
+            return model_scorer(scoring, renderer)
+        return process_scorer(scoring, renderer, aggregate=reward.aggregate, separator=reward.separator)
     if isinstance(reward, ImplicitReward):
         return implicit_scorer(model(reward.source), model(reward.reference), renderer, beta=reward.beta)
     judge = model(reward.source, reward.revision)
