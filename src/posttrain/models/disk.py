@@ -115,7 +115,7 @@ def read_json(path: Path) -> Any:
 
 def write_rows(path: Path, rows: Iterable[Any]) -> None:
     """A value a line. In ASCII: what a model writes may hold what is half a character, or breaks a line elsewhere."""
-    write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_rows(path: Path) -> list[Any]:

@@ -41,7 +41,7 @@ Stage = Annotated[
 
 
 def rewarded(stage: StageBase) -> tuple[tuple[str, ...], Rewarded | None]:
-    """Where the block stands that says what sampled answers are worth, in the stage or as one of its keys, and which."""
+    """The block that says what sampled answers are worth, with its key; without one where it is the stage itself."""
     if isinstance(stage, Rewarded):
         return (), stage
     return next((((name,), block) for name, block in stage if isinstance(block, Rewarded)), ((), None))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from functools import partial
@@ -20,7 +19,7 @@ from posttrain.forest import Forest, hidden_states
 from posttrain.forest.logprobs import CHUNK, States, check_head, head
 from posttrain.losses import jsd, nll, reduce_tokens
 from posttrain.models.cost import forward_flops_per_token
-from posttrain.models.disk import write_text
+from posttrain.models.disk import read_rows, write_rows
 from posttrain.models.policy import Policy, load
 from posttrain.recipe.supervised import Distill
 from posttrain.records import Ledger, Rollout, derive
@@ -144,8 +143,7 @@ def teach(stage: Distill, data: Prepared, sampler: Sampler, seed: int, path: Pat
     used = sorted(set(draws(stage, data.rows, data.weights, seed)))
     prompts = [data.rows[s][i].example for s, i in used]
     rollouts, ledger = sampler(prompts, 1, stage.sampling, derive(seed, stage.id, "teacher"))
-    lines = [json.dumps([*used[r.group], r.ids]) for r in rollouts]
-    write_text(path, "\n".join(lines) + "\n")
+    write_rows(path, [[*used[r.group], r.ids] for r in rollouts])
     tokens = sum(len(r.ids) for r in rollouts)
     cut = sum(r.finish == "length" for r in rollouts) / len(rollouts)
     return ledger, {"answers": len(rollouts), "answer_tokens": tokens, "truncated": cut}
@@ -153,5 +151,4 @@ def teach(stage: Distill, data: Prepared, sampler: Sampler, seed: int, path: Pat
 
 def taught(path: Path, data: Prepared) -> Prepared:
     """`data` with the answers that `teach` wrote, without the rows that have none."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return with_answers(data, [(source, i, ids) for source, i, ids in lines])
+    return with_answers(data, read_rows(path))

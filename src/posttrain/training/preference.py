@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,7 +20,7 @@ from posttrain.data.chat import Rendered
 from posttrain.data.prepare import Prepared, schedule
 from posttrain.forest import Forest, Row, token_statistics
 from posttrain.forest.logprobs import States, check_head
-from posttrain.models.disk import write_text
+from posttrain.models.disk import read_rows, write_rows
 from posttrain.models.policy import Policy, load
 from posttrain.recipe.objectives import OBJECTIVES, Loss
 from posttrain.recipe.preference import Preference
@@ -438,27 +437,23 @@ def second_model(policy: Policy, stage: Preference | Distill, make: Callable[...
 def write_judged(path: Path, kept: list[list[Judged]]) -> None:
     """Keep them with what the reference says, so that a continued run neither samples nor asks it again."""
 
-    def line(source: int, item: Judged) -> str:
+    def line(source: int, item: Judged) -> dict[str, Any]:
         rows = [*item.rows, *([] if item.mismatched is None else [item.mismatched])]
-        return json.dumps(
-            {
-                "source": source,
-                "prompt_ids": item.rows[0].context,
-                "rows": [[row.completion, row.target] for row in rows],
-                "rewards": [None if math.isnan(reward) else reward for reward in item.rewards],
-                "reference": item.reference,
-                "sample": item.sample,
-            }
-        )
+        return {
+            "source": source,
+            "prompt_ids": item.rows[0].context,
+            "rows": [[row.completion, row.target] for row in rows],
+            "rewards": [None if math.isnan(reward) else reward for reward in item.rewards],
+            "reference": item.reference,
+            "sample": item.sample,
+        }
 
-    lines = [line(source, item) for source, part in enumerate(kept) for item in part]
-    write_text(path, "\n".join(lines) + "\n")
+    write_rows(path, [line(source, item) for source, part in enumerate(kept) for item in part])
 
 
 def read_judged(path: Path, sources: int) -> list[list[Judged]]:
     found: list[list[Judged]] = [[] for _ in range(sources)]
-    for line in path.read_text(encoding="utf-8").splitlines():
-        kept = json.loads(line)
+    for kept in read_rows(path):
         context = tuple(kept["prompt_ids"])
         rows = [Row(context, *(tuple(x) for x in row)) for row in kept["rows"]]
         rewards = tuple(math.nan if reward is None else reward for reward in kept["rewards"])

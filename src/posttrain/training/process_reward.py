@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from posttrain.data.steps import as_row, at_steps
 from posttrain.forest import Forest
 from posttrain.forest.logprobs import States
 from posttrain.losses import process_reward, reduce_tokens
-from posttrain.models.disk import write_text
+from posttrain.models.disk import read_rows, write_rows
 from posttrain.models.reward import marked, read
 from posttrain.recipe.scoring import ProcessRewardModel
 from posttrain.records import Example, Ledger, UserError, derive
@@ -165,27 +164,24 @@ def labelled_solutions(
 def write_solutions(path: Path, data: Prepared) -> None:
     """Keep labelled solutions, so that a continued run does not sample them again."""
     lines = [
-        json.dumps(
-            {
-                "source": source,
-                "weight": data.weights[source],
-                "id": row.example.id,
-                **as_row(row.example),
-                "ids": [row.prompt_ids, row.completion_ids, row.completion_target],
-            }
-        )
+        {
+            "source": source,
+            "weight": data.weights[source],
+            "id": row.example.id,
+            **as_row(row.example),
+            "ids": [row.prompt_ids, row.completion_ids, row.completion_target],
+        }
         for source, part in enumerate(data.rows)
         for row in part
     ]
-    write_text(path, "\n".join(lines) + "\n")
+    write_rows(path, lines)
 
 
 def read_solutions(path: Path, report: dict[str, Any]) -> Prepared:
     """What `write_solutions` kept; `report` is of the data that the prompts came from."""
     rows: dict[int, list[Rendered]] = {}
     weights: dict[int, float] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        kept = json.loads(line)
+    for kept in read_rows(path):
         completion = tuple({"role": "assistant", "content": step} for step in kept["completions"])
         example = Example(kept["id"], tuple(kept["prompt"]), completion, step_labels=tuple(kept["labels"]))
         prompt_ids, ids, target = map(tuple, kept["ids"])

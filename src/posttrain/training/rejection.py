@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from posttrain.credit.batch import as_row
 from posttrain.data.prepare import Prepared, schedule
 from posttrain.forest import Forest, Row
 from posttrain.losses import nll, reduce_tokens
-from posttrain.models.disk import write_text
+from posttrain.models.disk import read_rows, write_rows
 from posttrain.models.policy import Policy
 from posttrain.recipe.rl import HINT, RejectionSampling
 from posttrain.records import Example, Ledger, Rollout, UserError, derive
@@ -68,15 +67,14 @@ class RejectionMethod(RoundMethod):
 
     def write(self, path: Path, found: Sequence[Kept]) -> None:
         lines = [
-            json.dumps({"source": source, "ids": [row.context, row.completion, row.target], "sample": sample})
+            {"source": source, "ids": [row.context, row.completion, row.target], "sample": sample}
             for source, row, sample in found
         ]
-        write_text(path, "\n".join(lines) + "\n")
+        write_rows(path, lines)
 
     def take(self, path: Path, number: int) -> None:
         found: list[list[Kept]] = [[] for _ in self.data.rows]
-        for line in path.read_text(encoding="utf-8").splitlines():
-            kept = json.loads(line)
+        for kept in read_rows(path):
             found[kept["source"]].append(Kept(kept["source"], Row(*map(tuple, kept["ids"])), kept["sample"]))
         some = [s for s, part in enumerate(found) if part]  # a source that gave nothing leaves the mixture
         self.kept = [found[s] for s in some]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
 from posttrain.data.prepare import Prepared, schedule
-from posttrain.models.disk import write_text
+from posttrain.models.disk import read_json, write_json
 from posttrain.models.policy import Policy
 from posttrain.recipe.stage import Rounds
 from posttrain.records import Ledger, UserError, derive
@@ -81,7 +80,7 @@ class RoundMethod(LogProbs, ABC):
         """
         path = self.folder / f"{self.name}-{number}.jsonl"
         record, digest = path.with_suffix(".json"), self.policy.digest()
-        made: dict[str, Any] | None = self.world.gather(json.loads(record.read_text()) if record.is_file() else None)[0]
+        made: dict[str, Any] | None = self.world.gather(read_json(record))[0]
         if first and (made is None or made["weights"] != digest):
             found, metrics, ledger = self.sample(number)
             # JSON has no NaN: what could not be measured is left out.
@@ -89,7 +88,7 @@ class RoundMethod(LogProbs, ABC):
             made = {"weights": digest, "metrics": known, "ledger": dataclasses.asdict(ledger)}
             if self.world.rank == 0:
                 self.write(path, found)
-                write_text(record, json.dumps(made))
+                write_json(record, made)
             self.world.gather(None)  # nobody reads before it is written
         if made is None:
             raise UserError(f"{record}: is missing, and the checkpoint was learned from it; choose another --out")
