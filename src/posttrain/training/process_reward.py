@@ -12,7 +12,7 @@ from torch import Tensor
 
 from posttrain.data.chat import Rendered, Renderer
 from posttrain.data.prepare import Prepared, schedule
-from posttrain.data.steps import as_row, at_steps
+from posttrain.data.steps import at_steps, solution_row
 from posttrain.forest import Forest
 from posttrain.forest.logprobs import States
 from posttrain.losses import process_reward, reduce_tokens
@@ -168,7 +168,7 @@ def write_solutions(path: Path, data: Prepared) -> None:
             "source": source,
             "weight": data.weights[source],
             "id": row.example.id,
-            **as_row(row.example),
+            **solution_row(row.example),
             "ids": [row.prompt_ids, row.completion_ids, row.completion_target],
         }
         for source, part in enumerate(data.rows)
