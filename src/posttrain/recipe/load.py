@@ -223,10 +223,8 @@ def _problem(item: Any, path: tree.Path, data: Any) -> tuple[tree.Path, str] | N
             return (*path, "kind"), f"missing; it takes {tree.listed(kinds)}"
         case "union_tag_invalid":
             tag = item["ctx"]["tag"]
-            return (
-                *path,
-                "kind",
-            ), f"unknown kind {tag!r}{tree.did_you_mean(tag, kinds)}; it takes {tree.listed(kinds)}"
+            what = f"unknown kind {tag!r}{tree.did_you_mean(tag, kinds)}; it takes {tree.listed(kinds)}"
+            return (*path, "kind"), what
         case "extra_forbidden":
             return path, f"unknown key{_nearby(str(path[-1]), tree.at(data, path[:-1])[1])}"
         case "too_short" if len(item["input"]) >= item["ctx"]["min_length"]:
