@@ -54,7 +54,7 @@ class OnlineMethod(OwnMethod):
         rollouts, scores = [r for r, _ in drawn], [s for _, s in drawn]
         if stage.loss == "nash_md":
             members = [k for k in range(0, len(drawn), 2) if None not in (scores[k].value, scores[k + 1].value)]
-            self.chances = [preferred(scores[k].value or 0.0, scores[k + 1].value or 0.0) for k in members]
+            self.chances = [win_chance(scores[k].value or 0.0, scores[k + 1].value or 0.0) for k in members]
             units: list[tuple[int, ...]] = [(i,) for i in range(len(members))]
             if members:
                 metrics["preferred"] = sum(self.chances) / len(members)
@@ -139,6 +139,6 @@ class OnlineMethod(OwnMethod):
         return {"kl": mean, **ratios("mismatch", (logps_T - behaviour_T)[own_T].exp())}
 
 
-def preferred(reward: float, other: float) -> float:
+def win_chance(reward: float, other: float) -> float:
     """The chance that an answer of this reward is preferred to one of the other: s(R - R'), Bradley and Terry."""
     return torch.sigmoid(torch.tensor(reward - other, dtype=torch.float64)).item()

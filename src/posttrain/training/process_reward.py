@@ -82,7 +82,7 @@ def one_label(data: Prepared) -> str:
     return f"all {len(given)} steps have the label {given[0]:g}" if min(given) == max(given) else ""
 
 
-class Verdict(NamedTuple):
+class StepVerdict(NamedTuple):
     """On one labelled step."""
 
     solution: int
@@ -92,11 +92,11 @@ class Verdict(NamedTuple):
     """Whether the model says so too."""
 
 
-def verdicts(model: torch.nn.Module, solutions: Sequence[Rendered], budget: int) -> list[Verdict]:
+def verdicts(model: torch.nn.Module, solutions: Sequence[Rendered], budget: int) -> list[StepVerdict]:
     """What the model says of each labelled step; a chance of exactly one half is no."""
     found = read(partial(marked, model), [chosen(solution) for solution in solutions], budget)
     return [
-        Verdict(s, label > 0.5, (logit > 0) == (label > 0.5))
+        StepVerdict(s, label > 0.5, (logit > 0) == (label > 0.5))
         for s, (logits, solution) in enumerate(zip(found, solutions, strict=True))
         for logit, label in zip(logits, labels(solution), strict=True)
     ]

@@ -323,10 +323,10 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def _correlation(groups: Sequence[Sequence[tuple[float, float]]]) -> float:
+def _correlation(by_group: Sequence[Sequence[tuple[float, float]]]) -> float:
     """Pearson's, of pairs from their group's means: a prompt with long answers and high rewards is no evidence."""
     xs, ys = [], []
-    for group in groups:
+    for group in by_group:
         x_mean, y_mean = _mean([x for x, _ in group]), _mean([y for _, y in group])
         xs += [x - x_mean for x, _ in group]
         ys += [y - y_mean for _, y in group]
