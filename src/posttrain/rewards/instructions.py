@@ -21,6 +21,8 @@ Settings = Mapping[str, Any]
 
 
 class Check(NamedTuple):
+    """An instruction as a predicate, with an example on either side by which it is proven."""
+
     holds: Callable[..., bool]
     """The answer, then the settings by name."""
     good: Callable[..., str]

@@ -53,4 +53,5 @@ def regex(reward: RegexReward) -> Rule:
 
 
 def no_reference(example: Example) -> str:
+    """`Rule.lacks` of a rule that compares with the reference answer."""
     return "" if example.answer and example.answer.strip() else "it has no reference answer"

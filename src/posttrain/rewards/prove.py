@@ -52,6 +52,7 @@ def reference_cases(example: Example) -> Cases:
 
 
 def wrong(example: Example, gold: str) -> dict[str, str]:
+    """What is near the answer `gold`, or holds it, and is not it; and what is nothing at all."""
     return nonsense(example) | {
         "the answer's beginning": gold[:3],
         "half of the answer": gold[: len(gold) // 2],

@@ -100,6 +100,7 @@ def build(
 
 
 def by_rule(reward: Reward, rule: Rule) -> Scorer:
+    """A scorer by the rule of `reward`, answer by answer, where the rule may run."""
     one = _one(reward, rule)
 
     def score(rollouts: Sequence[Rollout]) -> list[Score]:

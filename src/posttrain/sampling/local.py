@@ -66,6 +66,8 @@ class _Work:
 
 
 class LocalSampler:
+    """A `Sampler` of the policy's weights of now, in this process; at most `rows` completions are written at a time."""
+
     def __init__(self, policy: Policy, renderer: Renderer, rows: int = ROWS) -> None:
         self.policy, self.renderer, self.rows = policy, renderer, rows
 
