@@ -37,7 +37,7 @@ from posttrain.forest import split
 from posttrain.losses import listwise
 from posttrain.models.policy import Policy, outline
 from posttrain.monitors.checks import watch_stage
-from posttrain.pipeline.stages import need
+from posttrain.pipeline.stages import need, stage_data
 from posttrain.recipe.objectives import OBJECTIVES, Loss
 from posttrain.recipe.preference import Preference
 from posttrain.records import Example, Score, UserError
@@ -489,6 +489,9 @@ def test_labelled_rows_keep_good_and_bad_answers(tmp_path):
     (items,) = judged_from_data(tiny_policy(), stage, data, SEED)
     assert [item.rewards for item in items] == [(1.0,), (0.0,), (1.0,), (0.0,)]
     assert [item.sample["outcome"] for item in items] == ["good", "bad", "good", "bad"]
+    path.write_text("".join(json.dumps(row | {"label": True}) + "\n" for row in rows))
+    with pytest.raises(UserError, match="of 4 to learn from 4 are labelled good and 0 bad"):  # told by a dry run, too
+        stage_data(stage, tiny_policy(), frozenset())
 
 
 # What is watched
