@@ -125,15 +125,16 @@ class ModelReward(RewardBase):
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
 
 
+Aggregate = Literal["min", "product", "last", "mean"]
+
+
 class ProcessReward(RewardBase):
     """The chance that an answer's steps are good, by a process reward model, made one number."""
 
     kind: Literal["process"] = Field(description="The reward.")
     source: str = Field(description="The artifact of a process_reward_model stage, or stage:ID.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
-    aggregate: Literal["min", "product", "last", "mean"] = Field(
-        "min", description="What is made of the steps' chances."
-    )
+    aggregate: Aggregate = Field("min", description="What is made of the steps' chances.")
     separator: str = Field("\n", min_length=1, description="What stands between two steps, as in the model's training.")
 
 
@@ -186,12 +187,15 @@ class MajorityReward(RewardBase):
     )
 
 
+How = Literal["mean", "worst", "penalised"]
+
+
 class EnsembleReward(RewardBase):
     """Several rewards taken for one, against errors that they do not share (Coste et al., 2310.02743)."""
 
     kind: Literal["ensemble"] = Field(description="The reward.")
     of: tuple[str, ...] = Field(min_length=2, description="Names of its members, which count through it alone.")
-    how: Literal["mean", "worst", "penalised"] = Field(
+    how: How = Field(
         "mean", description="Their mean, the lowest, or the mean less `penalty` times their standard deviation."
     )
     penalty: float = Field(1.0, ge=0, description="What disagreement costs where `how` is penalised.")

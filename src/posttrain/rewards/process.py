@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from statistics import fmean
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -17,13 +17,13 @@ from posttrain.forest import Forest
 from posttrain.models.policy import Policy
 from posttrain.models.reward import marked
 from posttrain.recipe.blocks import Sampling
+from posttrain.recipe.rewards import Aggregate
 from posttrain.records import Example, Ledger, Rollout, Score
 from posttrain.rewards.protocol import Scorer, spent
 from posttrain.rewards.rows import TOKENS, Rows, by_rows, graded, reader
 from posttrain.sampling.protocol import Sampler, completion_text
 
 T = TypeVar("T")
-Aggregate = Literal["min", "product", "last", "mean"]
 AGGREGATES: dict[Aggregate, Callable[[Sequence[float]], float]] = {
     "min": min,  # a chain is as good as its weakest step: Math-Shepherd (2312.08935)
     "product": math.prod,  # that all steps are good, if they were independent: Lightman et al. (2305.20050)
