@@ -349,7 +349,8 @@ def _judge(
     job: Job, stage: Preference, start: Policy, sampler: Sampler, world: World, path: Path
 ) -> tuple[Ledger, dict[str, Any]]:
     """Write the pairs of a preference stage with what the reference says of them."""
-    data, ledger, facts = job.data, Ledger(), {}
+    data, ledger = job.data, Ledger()
+    facts: dict[str, Any] = {}
     if stage.on_policy is None:
         judged = judged_from_data(start, stage, data, job.seed)
     else:
