@@ -21,6 +21,7 @@ from posttrain.evals.stats import (
     tango,
     wilson,
 )
+
 SIMULATIONS = 2000
 
 

@@ -145,9 +145,7 @@ class EpisodeSampler:
         played, ledger = self._play(prompts, n, sampling, seed)
         return [one.scored() for one in played], ledger
 
-    def _play(
-        self, prompts: Sequence[Example], n: int, sampling: Sampling, seed: int
-    ) -> tuple[list[_Going], Ledger]:
+    def _play(self, prompts: Sequence[Example], n: int, sampling: Sampling, seed: int) -> tuple[list[_Going], Ledger]:
         began, budget, renderer = time.monotonic(), self.budget, self.renderer
         making = [[self.environment() for _ in range(n)] for _ in prompts]
         asked = [_reset(of_one, example) for of_one, example in zip(making, prompts, strict=True)]
