@@ -1,4 +1,4 @@
-"""JSON answers: the keywords, strict reading, and the proof. Values agree with jsonschema, the reference implementation."""
+"""JSON answers: the keywords, strict reading, and the proof. Values agree with the package jsonschema."""
 
 from __future__ import annotations
 
