@@ -34,7 +34,7 @@ SLOW_S = 1.0
 
 
 def audit(name: str, items: int) -> dict[str, Any]:
-    """Whether the verifier of task `name` holds on so many items, the kinds of its failures, and what it costs."""
+    """Whether the verifier of task `name` holds on so many items, and the kinds of its failures; to be slow is one."""
     slowest = 0.0
 
     def timed(example: Example, text: str) -> Score:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from posttrain.pipeline.folder import read_json, write_json
+from posttrain.models.disk import read_json, write_json
 from posttrain.recipe.load import load, resolved
 from posttrain.records import UserError
 

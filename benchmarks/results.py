@@ -35,9 +35,10 @@ from posttrain.evals import suites
 from posttrain.evals.stats import Interval, mean_interval, wilson
 from posttrain.forest import Row as Tokens
 from posttrain.forest import pack, split
+from posttrain.models.disk import read_json, read_rows, write_json, write_rows
 from posttrain.models.policy import Policy, load
+from posttrain.models.reward import load_reward_model
 from posttrain.models.student import half_depth
-from posttrain.pipeline.folder import read_json, read_rows, write_json, write_rows
 from posttrain.pipeline.run import run
 from posttrain.pipeline.stages import Job, Say, Trainer, stage_data, train_here
 from posttrain.recipe.blocks import Sampling, Source
@@ -71,12 +72,14 @@ TIME, THREADS = 2400, 2
 """Seconds that an experiment may take, with so many threads; with one thread half of its time counts."""
 QUICK: dict[str, dict[str, Any]] = {
     "harmlessness": {"stages.reward.steps": 2},
-    "politeness": {f"stages.{name}.steps": 2 for name in ("judge", *ALIGNED)},
+    "politeness": {
+        **{f"stages.{name}.steps": 2 for name in ("judge", *ALIGNED)},
+        "evals.retention": {"rows": 2, "max_new_tokens": 4},
+    },
     "rlvr": {
-        "stages.warmup.steps": POINTS,
         **{f"stages.{name}.{key}": n for name in LEARNERS if name != "rft" for key, n in (("batch_size", 2), ("n", 2))},
-        **{f"stages.{name}.steps": POINTS for name in LEARNERS},
-        "stages.ppo.steps": POINTS,
+        **{f"stages.{name}.steps": POINTS for name in ("warmup", *LEARNERS)},
+        **{f"stages.{name}.data.sources.0.rows": 80 for name in ("warmup", *LEARNERS)},
         "stages.rft.prompts": 64,
         "stages.rft.sampling.max_new_tokens": 64,
         "stages.rft.at_least": 0,
@@ -143,7 +146,7 @@ def judge(work: Work, recipe: Recipe) -> None:
         if not asked:
             _, held = hold_out(recipe.stages[0], stage_data(recipe.stages[0], policy, frozenset()))
             asked = list({prompt_key(row.example): row.example for row in held}.values())
-            score = model_scorer(str(stages / "judge" / "artifact"), renderer)
+            score = model_scorer(load_reward_model(str(stages / "judge" / "artifact")), renderer)
         greedy = Sampling(temperature=0, max_new_tokens=8 if work.quick else LONGEST)
         rollouts, _ = LocalSampler(policy, renderer)(asked, 1, greedy, seed=0)
         rows = [

@@ -21,7 +21,7 @@ from measured import Row, parser, report, row
 from side_posttrain import method_of, policy_of
 from workload import Workload, write
 
-from posttrain.cluster.rollouts import pack
+from posttrain.cluster.rollouts import pack_weights
 from posttrain.cluster.sharded import shard
 from posttrain.training.loop import train
 from posttrain.training.world import Distributed
@@ -63,7 +63,7 @@ def worker(rank: int, folder: str, model: str, lora: bool, always: bool, answer:
     train(policy, method, stage, Path(folder, "run"), 0, on_step, world=Counted(sent))
     whole = policy.weights()
     if rank == 0:
-        push = sum(array.nbytes for array in pack(whole).values())
+        push = sum(array.nbytes for array in pack_weights(whole).values())
         answer.put({**(steps[1] - steps[0]), "push": push})
     dist.destroy_process_group()
 

@@ -8,10 +8,11 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from posttrain import cli
+from posttrain import cli, losses, rewards, training
 from posttrain.records import UserError
 
 RECIPE = """\
@@ -76,6 +77,22 @@ def test_text_or_one_json_object(argv: list[str], capsys: pytest.CaptureFixture[
     assert isinstance(answer, dict)
     with pytest.raises(json.JSONDecodeError):
         json.loads(text)
+
+
+@pytest.mark.parametrize(
+    ("command", "table"), [("losses", losses.TABLE), ("rewards", rewards.TABLE), ("methods", training.METHODS)]
+)
+def test_all_that_there_is_is_listed_with_its_source(
+    command: str, table: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([command]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, entry in table.items():
+        [line] = [line for line in lines if line.split()[0] == name]
+        assert entry.summary in line
+        assert entry.paper
+        assert line.endswith(entry.paper)
+    assert len(lines) == len(table)
 
 
 @pytest.mark.parametrize(

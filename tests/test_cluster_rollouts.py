@@ -15,7 +15,7 @@ from tiny import tiny_policy
 from tiny_runs import RENDERER, asked, rows_of, run, same, stage_of
 
 from posttrain.cli import main
-from posttrain.cluster.rollouts import Pool, RolloutActor, cuts, pack, unpack
+from posttrain.cluster.rollouts import Pool, RolloutActor, cuts, pack_weights, unpack_weights
 from posttrain.models.policy import Policy, load
 from posttrain.recipe.blocks import Lora, Sampling
 from posttrain.sampling.local import LocalSampler
@@ -33,13 +33,13 @@ def test_cuts_are_even_and_whole():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_arrive_bit_by_bit(dtype):
     one, two = tiny_policy(seed=1, dtype=dtype), tiny_policy(seed=2, dtype=dtype)
-    unpack(pack(one.weights()), two)
+    unpack_weights(pack_weights(one.weights()), two)
     assert same(dict(one.weights()), dict(two.weights()))
 
 
 def test_weights_of_another_model_are_refused():
     with pytest.raises(KeyError):
-        unpack(pack(tiny_policy(adapter=Lora(r=2)).weights()), tiny_policy())
+        unpack_weights(pack_weights(tiny_policy(adapter=Lora(r=2)).weights()), tiny_policy())
 
 
 # Asking ahead, in one process
@@ -57,7 +57,8 @@ def test_rollouts_are_as_old_as_the_recipe_says(tmp_path):
     digests: list[str] = []
 
     def change(method: Any, policy: Policy) -> None:
-        inner, batch = method.sampler, method.batch
+        own = method.sampler
+        inner, batch = own.sampler, method.batch
 
         def sampler(*question: Any) -> Any:
             made.append((question[3], policy.digest()))
@@ -67,7 +68,7 @@ def test_rollouts_are_as_old_as_the_recipe_says(tmp_path):
             digests.append(policy.digest())
             return batch(step)
 
-        method.sampler, method.batch = sampler, noted
+        own.sampler, method.batch = sampler, noted
 
     run("grpo", tmp_path, change=change, staleness=1, checkpoint_every=5)
     assert len(set(digests)) == 8

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import pytest
 import torch
 
-from posttrain.credit import advantages, group_advantages, groups, grpo, pairs
+from posttrain.credit import group_advantages, groups, grpo, pairs
+from posttrain.credit.batch import by_rollout
 from posttrain.losses import policy_gradient, reduce, reduce_tokens
 from posttrain.records import Example, Rollout, Score
 
@@ -51,12 +53,15 @@ def test_groups_of_one_size_are_group_advantages():
     values = [0.0, 1.0, 0.25, 1.0, 1.0, 0.5]
     for std in ("group", "batch", "none"):
         expected_PG = group_advantages(torch.tensor(values, dtype=torch.float64).view(2, 3), std=std, eps=0.01)
-        assert advantages(rollouts, scored(*values), std=std, eps=0.01) == expected_PG.flatten().tolist()
+        compare = partial(group_advantages, std=std, eps=0.01)
+        assert by_rollout(rollouts, scored(*values), compare) == expected_PG.flatten().tolist()
 
 
 def test_a_group_stands_for_itself_whatever_its_neighbours_size():
-    alone = advantages(ROLLOUTS[:2], scored(1.0, 0.0)) + advantages(ROLLOUTS[2:], scored(0.0, None, 1.0))
-    assert advantages(ROLLOUTS, scored(1.0, 0.0, 0.0, None, 1.0)) == pytest.approx(alone)
+    first = by_rollout(ROLLOUTS[:2], scored(1.0, 0.0), group_advantages)
+    alone = first + by_rollout(ROLLOUTS[2:], scored(0.0, None, 1.0), group_advantages)
+    whole = by_rollout(ROLLOUTS, scored(1.0, 0.0, 0.0, None, 1.0), group_advantages)
+    assert whole == pytest.approx(alone)
     assert alone[3] is None
 
 

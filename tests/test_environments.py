@@ -24,7 +24,7 @@ from posttrain.credit.reinforce import returns
 from posttrain.data import tasks
 from posttrain.data.chat import Renderer
 from posttrain.environments.calculator import CALCULATOR, calculate
-from posttrain.environments.episodes import episodes
+from posttrain.environments.episodes import EpisodeSampler
 from posttrain.environments.protocol import Budget, Episode
 from posttrain.environments.python import python
 from posttrain.environments.single import SingleTurn
@@ -67,7 +67,7 @@ def chatml() -> Renderer:
 def played(
     sampler: Any, make: Callable[[], Any], *, n: int = 1, budget: Budget = PLENTY, renderer: Renderer = RENDERER
 ) -> list[tuple[Episode, Score]]:
-    return episodes(make, [question()], n, sampler, renderer, SAMPLING, budget, seed=0)[0]
+    return EpisodeSampler(make, sampler, renderer, budget).scored([question()], n, SAMPLING, 0)[0]
 
 
 PLAIN = partial(ToolUse, (CALCULATOR,), right, plain=True)
@@ -263,7 +263,7 @@ def test_a_single_turn_is_what_the_sampler_and_the_scorer_give() -> None:
     sampler = LocalSampler(tiny_policy(), RENDERER)
     sampling = Sampling(max_new_tokens=6)
     rollouts, ledger = sampler(prompts, 2, sampling, 7)
-    found, cost = episodes(SingleTurn, prompts, 2, sampler, RENDERER, sampling, PLENTY, 7)
+    found, cost = EpisodeSampler(SingleTurn, sampler, RENDERER, PLENTY).scored(prompts, 2, sampling, 7)
     assert [e.rollout for e, _ in found] == rollouts
     assert [s for _, s in found] == verify(rollouts)
     assert (cost.prompt_tokens, cost.generated_tokens) == (ledger.prompt_tokens, ledger.generated_tokens)
@@ -293,7 +293,8 @@ def test_a_model_s_own_episodes_repeat_and_their_log_probabilities_are_the_train
     sampler = LocalSampler(policy, RENDERER)
     sampling = Sampling(max_new_tokens=12, stop=("e", "a", "o", "i", "t", "n"))
     prompts = [question("Is it far?"), question("A")]
-    runs = [episodes(Chat, prompts, 3, sampler, RENDERER, sampling, Budget(120), seed)[0] for seed in (1, 1, 2)]
+    chats = EpisodeSampler(Chat, sampler, RENDERER, Budget(120))
+    runs = [chats.scored(prompts, 3, sampling, seed)[0] for seed in (1, 1, 2)]
     assert runs[0] == runs[1] != runs[2]
     assert [e.rollout.group for e, _ in runs[0]] == [0, 0, 0, 1, 1, 1]
     several = [e.rollout for e, _ in runs[0] if not all(e.rollout.target)]
@@ -538,7 +539,7 @@ def test_an_environment_of_verifiers() -> None:
         (("7", "42"), 1.0, 1.0, ["user", "assistant", "user", "assistant"]),
         (("7", "8"), 0.0, 1.0, ["user", "assistant", "user", "assistant"]),
     ):
-        [(episode, score)], _ = episodes(make, prompts, 1, says(*lines), RENDERER, SAMPLING, PLENTY, 0)
+        [(episode, score)], _ = EpisodeSampler(make, says(*lines), RENDERER, PLENTY).scored(prompts, 1, SAMPLING, 0)
         assert (score.value, score.parts, episode.ended) == (value, {"tries": tries}, "done")
         assert [m["role"] for m in episode.messages] == roles
 

@@ -113,7 +113,7 @@ def test_dpo(repo_root, tmp_path, fresh):
     how = PairSampling(n=4, prompts=8, max_new_tokens=12)
     stage = Preference(id="dpo", kind="preference", on_policy=how, beta=0.2, **COMMON)
     renderer, data = prepared(configured, "prompt")
-    sampled, _, _ = judged_on_policy(stage, data, LocalSampler(configured, renderer), Letters().score, SEED)
+    sampled, _, _ = judged_on_policy(configured, stage, data, LocalSampler(configured, renderer), Letters().score, SEED)
     pairs, _ = referred(configured, stage, sampled)
 
     asked = schedule([len(data.rows[0])], [1.0], how.prompts, pt.derive(SEED, "dpo", "pair prompts"))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from posttrain import losses
 from posttrain.losses import TABLE
 from posttrain.recipe.objectives import OBJECTIVES
 
@@ -19,6 +20,11 @@ CONSTANT = {"wpo"}
 """Weights, without a gradient."""
 ORDERED = {"ld_dpo"}
 """Where tokens stand matters: what lies beyond the shorter side."""
+PARTS = {
+    "TABLE", "Entry", "Counts", "reduce", "reduce_pairs", "reduce_tokens", "segment_sum", "ratio", "importance",
+    "clipped_share", "kl_divergence", "kto_kl", "running_mean",
+}  # fmt: skip
+"""What losses are made of, and what makes them a scalar."""
 LEAVES = (
     "logps_T", "chosen_P", "rejected_P", "explored_P", "ratios_P", "means_P", "ratios_S", "scores_PK", "logits_T",
     "values_T", "entropies_T", "student_NV",
@@ -135,6 +141,7 @@ def test_what_stands_at_other_tokens_is_not_read(name, garbage):
         key: value.masked_fill(~TARGET_T, garbage) if key.endswith("_T") and value.is_floating_point() else value
         for key, value in clean.items()
     }
+    dirty["sequence_T"] = clean["sequence_T"].masked_fill(~TARGET_T, 10**9)
     (expected, gradients), (found, dirtied) = run(name, clean), run(name, dirty)
     assert torch.equal(found, expected)
     for key, gradient in dirtied.items():
@@ -180,6 +187,12 @@ def test_the_table_says_what_each_is_and_where_it_comes_from():
         assert entry.summary
         assert entry.paper
         assert len(f"{name}{entry.summary}{entry.paper}") < 120, f"{name}: keep it to a line"
+
+
+def test_every_loss_that_can_be_called_is_listed():
+    listed = {getattr(entry.function, "func", entry.function).__name__ for entry in TABLE.values()}
+    assert listed | PARTS == set(losses.__all__)
+    assert not listed & PARTS
 
 
 def test_the_recipe_speaks_of_the_same_losses():

@@ -80,5 +80,5 @@ def test_a_reward_that_breaks_stops_the_run(
 
     monkeypatch.setattr(sources, "length", lambda reward: broken)
     message = refused(write(recipe([{"kind": "exact"}, LENGTH])), capsys, code=1)
-    assert "8 of 8 answers could not be scored, more than max_unscored (20%) allows" in message
+    assert "8 of 8 answers could not be scored, so there is nothing to learn from" in message
     assert f"length: {why}" in message

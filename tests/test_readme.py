@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,7 @@ from short import SETTINGS, settings
 from tiny import tiny_policy
 
 from posttrain.cli import main
+from posttrain.recipe.document import Document
 from posttrain.recipe.load import parse
 from posttrain.records import UserError
 
@@ -103,8 +105,39 @@ def test_the_recipe_in_the_readme_is_one() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
-        assert (page.parent / target).exists(), target
+    for target, heading in re.findall(r"\]\(([^)#:]*)(?:#([\w-]+))?\)", page.read_text(encoding="utf-8")):
+        there = page.parent / target if target else page
+        assert there.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", there.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], target
+
+
+# Pieces of recipes
+
+
+def pieces(page: Path) -> list[dict[str, Any]]:
+    """The stages in the page's YAML, and those that a table of names has the keys of."""
+    text, found = page.read_text(encoding="utf-8"), []
+    for block in blocks(page, "yaml"):
+        value = Document(str).read(re.sub(r"\*(?=\w)", "", textwrap.dedent(block)))  # aliases of a block before it
+        if isinstance(value, dict) and "stages" not in value:
+            value = [{"kind": "grpo" if "rewards" in value else "preference", **value}]
+        found += value["stages"] if isinstance(value, dict) else value
+    for kind, lines in re.findall(r"^\| name \| keys of `kind: (\w+)` \|\n\|-+\|-+\|\n((?:\|.*\n)+)", text, re.M):
+        for line in lines.splitlines():
+            keys = [Document(str).read(key) for key in re.findall(r"`(\w+: [^`]+)`", line)]
+            found.append({"kind": kind} | {name: value for key in keys for name, value in key.items()})
+    return found
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if pieces(page)], ids=lambda path: path.name)
+def test_pieces_of_recipes_are_what_a_recipe_may_hold(page: Path) -> None:
+    for piece in pieces(page):
+        needed = {"id": "a", "steps": 6, "data": {"sources": [{"source": "x.jsonl"}]}}
+        needed |= {"prompts": 4} if piece["kind"] == "rejection_sampling" else {}
+        recipe = {"schema": 1, "name": "x", "model": {"source": "m"}, "stages": [needed | piece]}
+        assert parse(json.dumps(recipe), page.name).stages[0].kind == piece["kind"]
 
 
 # Tables

@@ -245,6 +245,7 @@ def test_error_of_an_override_names_it(override: str, expected: str) -> None:
         ),
         ("{kind: judge, source: 'stage:warm'}", "only the rewards model and process take stage:ID"),
         ("{kind: implicit, source: 'stage:warm', reference: r}", "only the rewards model and process take stage:ID"),
+        ("{kind: implicit, source: m, reference: 'stage:warm'}", "only the rewards model and process take stage:ID"),
     ],
 )
 def test_a_reward_takes_its_model_from_a_stage_that_makes_such_a_one(reward: str, what: str | None) -> None:
@@ -255,7 +256,15 @@ def test_a_reward_takes_its_model_from_a_stage_that_makes_such_a_one(reward: str
         assert parse(text, "r", [override]).stages[2].rewards[0].source == "stage:steps"
         return
     (line,) = problems(text, override)
-    assert "stages.2.rewards.0.source: " + what in line
+    key = "reference" if "reference: 'stage" in reward else "source"
+    assert f"stages.2.rewards.0.{key}: {what}" in line
+
+
+@pytest.mark.parametrize("kind", ["kind: distill, teacher", "kind: preference, reference"])
+def test_a_teacher_or_reference_is_no_stage_of_the_recipe(kind: str) -> None:
+    text = edited("    kind: grpo\n", f"    {kind}: {{source: 'stage:warm'}}\n".replace(", ", "\n    "))
+    (line,) = problems(text)
+    assert f"{kind.split()[-1]}.source: only the rewards model and process take stage:ID; name a model, or" in line
 
 
 @given(st.text(max_size=60), st.text(max_size=20))

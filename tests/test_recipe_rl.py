@@ -97,6 +97,11 @@ def test_a_reward_that_compares_answers_needs_two(reward):
     assert ppo(rewards=[{"kind": "judge", "source": "j"}]).n == 1
 
 
+def test_an_empty_rubric_is_not_the_general_one():
+    with pytest.raises(ValidationError, match="at least 1 character"):
+        ppo(rewards=[{"kind": "judge", "source": "j", "rubric": ""}])
+
+
 def test_a_weight_that_is_steered_starts_somewhere():
     with pytest.raises(ValidationError, match="where kl_target steers it"):
         ppo(kl_weight=0, kl_target=6)

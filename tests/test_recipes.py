@@ -90,5 +90,5 @@ def test_example_files_hold_what_the_recipe_says(recipe: str, shape: str) -> Non
     stage = resolved(load(ROOT / f"recipes/{recipe}.yaml"), ROOT / "recipes").stages[0]
     loaded = read(stage.data.sources[0])
     assert loaded.report.shape == shape
-    assert (loaded.report.rows, loaded.report.bad) == ({"sft": 24, "process": 24}.get(recipe, 16), 0)
+    assert (loaded.report.rows, loaded.report.bad) == ({"sft": 24, "process": 48}.get(recipe, 16), 0)
     assert f"{loaded.report.rows} " in (ROOT / f"recipes/{recipe}.yaml").read_text()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
 from rewarded import said
 
+from posttrain.recipe.rewards import EnsembleReward
 from posttrain.records import Score
-from posttrain.rewards.combine import Ensemble, Part, combined, ensemble
+from posttrain.rewards.combine import Part, combined, ensemble
 
 
 def part(name: str, *values: float | None, **how: Any) -> Part:
@@ -17,7 +19,7 @@ def part(name: str, *values: float | None, **how: Any) -> Part:
     return Part(name, lambda rollouts: scores, **how)
 
 
-def values(parts: list[Part], ensembles: list[Ensemble] | None = None) -> list[float | None]:
+def values(parts: list[Part], ensembles: list[EnsembleReward] | None = None) -> list[float | None]:
     n = len(parts[0].score([]))
     return [score.value for score in combined(parts, ensembles or [])([said("x")] * n)]
 
@@ -73,13 +75,16 @@ def test_ensembles() -> None:
     assert all(ensemble([2.0, 2.0], how) == 2.0 for how in ("mean", "worst", "penalised"))
 
 
+BOTH = partial(EnsembleReward, kind="ensemble", id="both", of=("a", "b"))
+
+
 def test_members_count_through_their_ensemble() -> None:
     """0.5 x min(1, 3) + 1; the members' own weights are not added."""
     parts = [part("a", 1.0), part("b", 3.0), part("c", 1.0)]
-    group = Ensemble("both", ("a", "b"), "worst", weight=0.5)
+    group = BOTH(how="worst", weight=0.5)
     (score,) = combined(parts, [group])([said("x")])
     assert score.value == 1.5
     assert score.parts == {"a": 1.0, "b": 3.0, "c": 1.0, "both": 1.0}
-    assert values([part("a", 1.0), part("b", None)], [Ensemble("both", ("a", "b"), "mean")]) == [None]
-    gate = Ensemble("both", ("a", "b"), "mean", gate=2.5)
+    assert values([part("a", 1.0), part("b", None)], [BOTH(how="mean")]) == [None]
+    gate = BOTH(how="mean", gate=2.5)
     assert values([part("a", 1.0), part("b", 3.0)], [gate]) == [0.0]

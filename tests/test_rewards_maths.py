@@ -11,7 +11,6 @@ from posttrain.recipe.blocks import Source
 from posttrain.recipe.rewards import MathReward
 from posttrain.rewards.maths import boxed, expression, math
 
-pytest.importorskip("math_verify", reason="math-verify is not installed (posttrain[tasks])")
 MATH = MathReward(kind="math")
 RULE = math(MATH)
 

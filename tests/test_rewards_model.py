@@ -27,9 +27,9 @@ from posttrain.recipe.rewards import ImplicitReward, JudgeReward, ModelReward, P
 from posttrain.records import Rollout, Score, UserError
 from posttrain.rewards.implicit import implicit_scorer
 from posttrain.rewards.learned import check, learned
-from posttrain.rewards.model import model_scorer, scored_by
+from posttrain.rewards.model import model_scorer
 from posttrain.rewards.outrank import PLEAS, said
-from posttrain.rewards.process import AGGREGATES, label_steps, process_scorer, scored_by_steps
+from posttrain.rewards.process import AGGREGATES, label_steps, process_scorer
 
 
 def values(scores: list[Score]) -> list[float]:
@@ -54,26 +54,26 @@ def other_tokens() -> Any:
 def test_a_reward_is_the_number_at_the_end_of_the_answer(tmp_path: Path, adapter: Lora | None) -> None:
     saved(tmp_path, adapter)
     number, rollouts = plain(tmp_path), answers()
-    found = values(model_scorer(str(tmp_path / "reward"), RENDERER)(rollouts))
+    found = values(model_scorer(load_reward_model(str(tmp_path / "reward")), RENDERER)(rollouts))
     assert found == pytest.approx([number([*r.prompt_ids, *r.ids]) for r in rollouts], abs=1e-5)
-    scores = model_scorer(str(tmp_path / "reward"), RENDERER)(rollouts)
+    scores = model_scorer(load_reward_model(str(tmp_path / "reward")), RENDERER)(rollouts)
     assert [score.outcome for score in scores] == ["correct" if value > 0 else "wrong" for value in found]
 
 
 def test_passes_do_not_change_it(tmp_path: Path) -> None:
     model = saved(tmp_path)
     rollouts = [*answers(), *answers(example=question("What is 12 and 30?"))]
-    whole = values(scored_by(model, RENDERER)(rollouts))
-    assert values(scored_by(model, RENDERER, tokens=1)(rollouts)) == pytest.approx(whole, abs=1e-5)
-    assert values(scored_by(model, RENDERER)(rollouts[::-1])) == pytest.approx(whole[::-1], abs=1e-5)
-    assert scored_by(model, RENDERER)([]) == []
+    whole = values(model_scorer(model, RENDERER)(rollouts))
+    assert values(model_scorer(model, RENDERER, tokens=1)(rollouts)) == pytest.approx(whole, abs=1e-5)
+    assert values(model_scorer(model, RENDERER)(rollouts[::-1])) == pytest.approx(whole[::-1], abs=1e-5)
+    assert model_scorer(model, RENDERER)([]) == []
 
 
 def test_an_answer_that_was_cut_off_is_read_at_an_end_of_turn(tmp_path: Path) -> None:
     model, (rollout,) = saved(tmp_path), answers("Yes")
     cut = replace(rollout, ids=rollout.ids[:-1], finish="length")
     assert rollout.ids[-1] == END
-    assert values(scored_by(model, RENDERER)([cut])) == values(scored_by(model, RENDERER)([rollout]))
+    assert values(model_scorer(model, RENDERER)([cut])) == values(model_scorer(model, RENDERER)([rollout]))
 
 
 def test_another_tokenizer_is_given_the_text(tmp_path: Path) -> None:
@@ -81,31 +81,32 @@ def test_another_tokenizer_is_given_the_text(tmp_path: Path) -> None:
     other = Policy(model.model, other_tokens(), "other", "d")
     texts = ("a b", "Yes", "b c")
     with pytest.warns(UserWarning, match="other has other tokens: answers are rendered for it again"):
-        scorer = scored_by(other, RENDERER)
+        scorer = model_scorer(other, RENDERER)
     renderer = Renderer(other.tokenizer)
     own = [said(question(), text, renderer) for text in texts]
     assert own[0].ids != answers(texts[0])[0].ids
-    assert values(scorer(answers(*texts))) == pytest.approx(values(scored_by(other, renderer)(own)), abs=1e-5)
+    assert values(scorer(answers(*texts))) == pytest.approx(values(model_scorer(other, renderer)(own)), abs=1e-5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        scored_by(model, RENDERER)
+        model_scorer(model, RENDERER)
 
 
 def test_another_tokenizer_without_a_template_is_refused(tmp_path: Path) -> None:
     model, tokenizer = saved(tmp_path), other_tokens()
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="another tokenizer than the model that answers, and no chat template"):
-        scored_by(Policy(model.model, tokenizer, "other", "d"), RENDERER)
+        model_scorer(Policy(model.model, tokenizer, "other", "d"), RENDERER)
 
 
 def test_what_is_too_long_is_unscored_with_its_cause_and_the_rest_scored(tmp_path: Path) -> None:
     model = saved(tmp_path)
     long = replace(answers("Yes")[0], ids=(5,) * 300)
-    first, second, third = scored_by(model, RENDERER)([answers("Yes")[0], long, answers("No")[0]])
+    first, second, third = model_scorer(model, RENDERER)([answers("Yes")[0], long, answers("No")[0]])
     assert (second.value, second.outcome) == (None, "error")
     assert "q:Is it far?: " in second.why
     assert "the scoring model's context is 256" in second.why
-    assert values([first, third]) == pytest.approx(values(scored_by(model, RENDERER)(answers("Yes", "No"))), abs=1e-5)
+    alone = values(model_scorer(model, RENDERER)(answers("Yes", "No")))
+    assert values([first, third]) == pytest.approx(alone, abs=1e-5)
 
 
 # A process reward model
@@ -120,7 +121,7 @@ def test_aggregates() -> None:
 def test_steps_have_the_chances_of_the_sequences_that_end_with_them(tmp_path: Path, aggregate: Any) -> None:
     saved(tmp_path, Lora(r=4))
     number, rollouts = plain(tmp_path), answers("one\ntwo is two\n\nand three", "Yes")
-    scores = process_scorer(str(tmp_path / "reward"), RENDERER, aggregate=aggregate)(rollouts)
+    scores = process_scorer(load_reward_model(str(tmp_path / "reward")), RENDERER, aggregate=aggregate)(rollouts)
     for rollout, score in zip(rollouts, scores, strict=True):
         ends = step_ends(rollout.ids, RENDERER.decode)
         odds = [number([*rollout.prompt_ids, *rollout.ids[: end + 1]]) for end in ends]
@@ -131,7 +132,7 @@ def test_steps_have_the_chances_of_the_sequences_that_end_with_them(tmp_path: Pa
 
 
 def test_a_blank_answer_is_worth_nothing_and_not_the_empty_product(tmp_path: Path) -> None:
-    (score,) = scored_by_steps(saved(tmp_path), RENDERER, aggregate="product")(answers("\n \n"))
+    (score,) = process_scorer(saved(tmp_path), RENDERER, aggregate="product")(answers("\n \n"))
     assert (score.value, score.outcome) == (0.0, "unparsed")
 
 
@@ -223,7 +224,7 @@ def test_a_recipes_blocks_become_scorers(tmp_path: Path) -> None:
     saved(tmp_path)
     base, reward = str(tmp_path / "base"), str(tmp_path / "reward")
     rollouts = answers()
-    by_hand = values(scored_by(load_reward_model(reward), RENDERER)(rollouts))
+    by_hand = values(model_scorer(load_reward_model(reward), RENDERER)(rollouts))
     assert values(learned(ModelReward(kind="model", source=reward), RENDERER)(rollouts)) == by_hand
     chances = learned(ProcessReward(kind="process", source=reward, aggregate="mean"), RENDERER)(rollouts)
     assert all(0 < value < 1 for value in values(chances))
@@ -248,6 +249,12 @@ def test_a_source_without_a_head_is_refused_before_weights_are_read(tmp_path: Pa
     check(JudgeReward(kind="judge", source=base))
     with pytest.raises(UserError, match="no such directory"):
         check(ImplicitReward(kind="implicit", source=base, reference=str(tmp_path / "nowhere")))
+    other = tiny_policy()
+    other.tokenizer.add_tokens(["zzz"])
+    other.save(tmp_path / "other")
+    with pytest.raises(UserError, match="have different tokenizers"):
+        check(ImplicitReward(kind="implicit", source=base, reference=str(tmp_path / "other")))
+    check(ImplicitReward(kind="implicit", source=base, reference=f"{base}/."))
 
 
 # Whole runs

@@ -67,6 +67,14 @@ def test_too_many_unscored_stop_the_run() -> None:
         limited(guarded(giving(None, math.nan, None)), 0.2)(BATCH)
     assert "3 of 10 answers could not be scored, more than max_unscored (20%)" in str(told.value)
     assert str(told.value).endswith("2 x no idea\n  1 x the reward gave nan")
-    assert limited(giving(None), 1.0)(BATCH[:1])[0].value is None
+    assert [s.value for s in limited(giving(None), 1.0)(BATCH[:2])] == [None, 1.0]
     with pytest.raises(Failure):
         limited(giving(None), 0.0)(BATCH)
+
+
+def test_nothing_scored_stops_the_run_whatever_is_allowed() -> None:
+    with pytest.raises(Failure) as told:
+        limited(guarded(giving(None, math.nan, None)), 1.0)(BATCH[:3])
+    assert "3 of 3 answers could not be scored, so there is nothing to learn from" in str(told.value)
+    assert str(told.value).endswith("2 x no idea\n  1 x the reward gave nan")
+    assert limited(giving(), 0.0)([]) == []

@@ -12,15 +12,17 @@ from scoring import Scripted, answers, question, saved, shaken
 from tiny import tiny_policy
 from tiny_runs import RENDERER
 
-from posttrain.forest import Row, pack
+from posttrain.forest import Forest, Row, pack
 from posttrain.models.cost import forward_flops_per_token
 from posttrain.models.policy import Policy
+from posttrain.models.reward import marked
 from posttrain.records import Ledger, Rollout, Score
 from posttrain.rewards.combine import Part, combined
 from posttrain.rewards.implicit import implicit_scorer
 from posttrain.rewards.judge import Judge, PairJudge, tournament
-from posttrain.rewards.model import scored_by
+from posttrain.rewards.model import model_scorer
 from posttrain.rewards.protocol import charged, finite, spent
+from posttrain.rewards.rows import Rows, by_rows, last, reader
 
 
 def token_logps(policy: Policy, rollout: Rollout) -> list[float]:
@@ -50,7 +52,7 @@ def test_the_implicit_reward_is_of_what_the_model_wrote_and_not_of_what_tools_sa
 def test_a_reward_model_costs_the_tokens_it_computes(tmp_path: Path) -> None:
     """Four answers to one prompt, which is computed once, in one pass; and no logits."""
     model, rollouts = saved(tmp_path), answers()
-    scores = scored_by(model, RENDERER)(rollouts)
+    scores = model_scorer(model, RENDERER)(rollouts)
     rows = [Row(r.prompt_ids, r.ids, (True,) * len(r.ids)) for r in rollouts]
     tokens, longest = len(pack(rows)), max(map(len, rows))
     assert tokens < sum(map(len, rows))
@@ -71,7 +73,7 @@ def test_a_log_ratio_costs_both_models() -> None:
 
 
 def test_several_rewards_cost_all_of_them_and_nothing_costs_nothing(tmp_path: Path) -> None:
-    one = scored_by(saved(tmp_path), RENDERER)
+    one = model_scorer(saved(tmp_path), RENDERER)
     free = combined([Part("free", lambda rollouts: [Score(1.0, "correct")] * len(rollouts))])
     both = combined([Part("a", one), Part("b", one, gate=1e9), Part("c", free)])
     rollouts = answers()
@@ -109,3 +111,28 @@ def test_a_cost_is_no_part_of_what_a_score_says() -> None:
     assert scores == [Score(1.0, "correct"), Score(None, "error")]
     assert spent([finite(score) for score in scores]).reward_tokens == 3
     assert charged([], Ledger(reward_tokens=3)) == []
+
+
+def lost(*_: Any) -> Any:
+    raise RuntimeError("the device is gone")
+
+
+def test_what_was_read_before_a_reward_broke_down_is_paid(tmp_path: Path) -> None:
+    """Of two models the second breaks down; of two passes of one model the second."""
+    policy, reference, rollouts = tiny_policy(), tiny_policy(), answers("Yes", "No")
+    whole = spent(implicit_scorer(policy, reference, RENDERER, beta=0.1)(rollouts))
+    reference.model.get_input_embeddings().register_forward_pre_hook(lost)
+    scores = implicit_scorer(policy, reference, RENDERER, beta=0.1)(rollouts)
+    assert [(score.value, score.why) for score in scores] == [(None, "RuntimeError: the device is gone")] * 2
+    assert spent(scores).reward_tokens == whole.reward_tokens / 2 > 0
+
+    model, passes = saved(tmp_path), iter([marked])
+
+    def compute(forest: Forest) -> Any:
+        return next(passes, lost)(model.model, forest)
+
+    by_passes = by_rows(Rows(model, RENDERER, last), reader(model, compute, 1), lambda values: Score(1.0, "correct"))
+    (rollout,) = answers("Yes")
+    scores = by_passes([rollout, rollout])
+    assert [score.value for score in scores] == [None, None]
+    assert spent(scores).reward_tokens == len(rollout.prompt_ids) + len(rollout.ids)

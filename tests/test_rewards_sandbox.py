@@ -12,7 +12,6 @@ import pytest
 from posttrain.rewards import sandbox
 from posttrain.rewards.sandbox import Limits, Ran, run
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limits")
 SHORT = Limits(seconds=3.0, memory_mb=256, output_bytes=4096)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ from posttrain.recipe.rewards import PythonReward
 from posttrain.rewards.protocol import judged
 from posttrain.rewards.unit_tests import defines, python
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the sandbox needs limits that Windows has not")
 RULE = python(PythonReward(kind="python", timeout_s=5.0))
 PROMPT = 'def double(x: int) -> int:\n    """Twice x."""\n'
 ROW = {

@@ -14,7 +14,7 @@ from posttrain.forest import Row, pack, token_logprobs
 from posttrain.forest.attention import decoder
 from posttrain.recipe.blocks import Lora, Sampling
 from posttrain.records import Example, UserError
-from posttrain.sampling.choose import choose, cut, draws
+from posttrain.sampling.choose import choose, cut, uniforms
 from posttrain.sampling.local import LocalSampler
 
 
@@ -146,7 +146,7 @@ def test_stop_strings_end_and_are_cut():
 
 def test_draws_are_distributed_as_the_probabilities():
     logits_V = torch.tensor([2.0, 1.0, 0.0, -1.0, -30.0])
-    uniform = torch.cat([draws(0, g, 0, 100) for g in range(200)])
+    uniform = torch.cat([uniforms(0, g, 0, 100) for g in range(200)])
     ids, logps = choose(logits_V.expand(len(uniform), -1), uniform, Sampling(temperature=0.7))
     p = (logits_V / 0.7).softmax(0)
     counts = Counter(ids.tolist())

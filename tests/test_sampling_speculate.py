@@ -70,7 +70,7 @@ def test_the_distribution_is_the_models_by_enumeration(monkeypatch):
         for after, quarter in zip(states, row, strict=True):
             table_VV[state, after] = torch.tensor(quarter / 4).log()
     streams = list(itertools.product((0.125, 0.375, 0.625, 0.875), repeat=steps))
-    monkeypatch.setattr(local, "draws", lambda seed, p, k, n: torch.tensor(streams[k], dtype=torch.float64))
+    monkeypatch.setattr(local, "uniforms", lambda seed, p, k, n: torch.tensor(streams[k], dtype=torch.float64))
     passes: list[int] = []
 
     def chain(self, ids_T, position_T, layout, at=None):

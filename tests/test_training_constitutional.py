@@ -189,6 +189,12 @@ def test_the_revisions_become_likely(tmp_path: Path) -> None:
 
 def test_a_constitution_holds_a_principle() -> None:
     assert stage().principles == ("Be brief.", "Be {polite}.")
-    with pytest.raises(ValidationError) as caught:
-        stage(constitution=" \n\n")
-    assert "holds no principle" in repr(caught.value)
+    for text, why in (
+        (" \n\n", "holds no principle"),
+        ("rules.md", "names a file"),
+        ("my rules.txt\n", "names a file"),
+    ):
+        with pytest.raises(ValidationError) as caught:
+            stage(constitution=text)
+        assert why in repr(caught.value)
+    assert stage(constitution="Be brief.").principles == ("Be brief.",)

@@ -371,7 +371,7 @@ def on_policy(score: Any, data: Prepared, policy: Policy | None = None) -> Any:
     policy = policy or tiny_policy()
     sampler = Recorded(policy)
     stage = stage_of("dpo", on_policy={"n": 4, "prompts": 12, "max_new_tokens": 6})
-    judged, ledger, facts = judged_on_policy(stage, data, sampler, scorer(score), 0)
+    judged, ledger, facts = judged_on_policy(policy, stage, data, sampler, scorer(score), 0)
     return sampler, (referred(policy, stage, judged)[0], ledger, facts)
 
 

@@ -67,7 +67,7 @@ def test_a_stage_goes_on_with_the_critic_of_another(here: Path) -> None:
 
 def test_a_critic_of_no_earlier_ppo_stage_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(write(two(critic="stage:again")), capsys)
-    assert "'again' is no earlier ppo stage (there are: rl)" in message
+    assert "'again' is no earlier stage of kind ppo (there are: rl)" in message
 
 
 # On several workers

@@ -37,7 +37,7 @@ from posttrain.forest import split
 from posttrain.losses import listwise
 from posttrain.models.policy import Policy, outline
 from posttrain.monitors.checks import watch_stage
-from posttrain.pipeline.stages import need
+from posttrain.pipeline.stages import need, stage_data
 from posttrain.recipe.objectives import OBJECTIVES, Loss
 from posttrain.recipe.preference import Preference
 from posttrain.records import Example, Score, UserError
@@ -405,10 +405,17 @@ def test_kto_begins_where_the_reference_point_is_zero(tmp_path):
     assert found["loss"] == pytest.approx((2.0 * good + 0.5 * (6 - good)) / 2 / 6)
 
 
-def test_one_row_cannot_be_mismatched():
-    data = prepared(labelled()[:1])
-    with pytest.raises(UserError, match=r"stage 'toy': loss kto reads each prompt.*there is one row: give more rows"):
-        judged_from_data(tiny_policy(), stage_of("kto"), data, SEED)
+@pytest.mark.parametrize("good", [True, False])
+@pytest.mark.parametrize("loss", [loss for loss, objective in OBJECTIVES.items() if objective.of == "answers"])
+def test_answers_of_one_label_are_refused(loss, good):
+    """Where the data hold no others, and where the steps come to no others."""
+    rows = [e for e in labelled() if e.label is good]
+    told = rf"loss {loss} learns what tells.*of {len(rows)} to learn from {len(rows) * good} are labelled good"
+    with pytest.raises(UserError, match=told):
+        judged_from_data(tiny_policy(), stage_of(loss), prepared(rows), SEED)
+    few = prepared(rows, [e for e in labelled() if e.label is not good])._replace(weights=(1.0, 1e-9))
+    with pytest.raises(UserError, match="or more steps"):
+        judged_from_data(tiny_policy(), stage_of(loss, steps=1, batch_size=2), few, SEED)
 
 
 def test_lists_hold_every_answer_the_best_first_and_can_be_kept(tmp_path):
@@ -417,7 +424,8 @@ def test_lists_hold_every_answer_the_best_first_and_can_be_kept(tmp_path):
     def some(example: Example, text: str) -> Score:
         return Score(None, "error") if len(text) % 4 == 3 else lengths(example, text)
 
-    judged, _, facts = judged_on_policy(stage, prepared(asked()), LocalSampler(policy, RENDERER), scorer(some), SEED)
+    sampler, data = LocalSampler(policy, RENDERER), prepared(asked())
+    judged, _, facts = judged_on_policy(policy, stage, data, sampler, scorer(some), SEED)
     judged, _ = referred(policy, stage, judged)
     assert facts["lists"] == len(judged[0]) > 0
     assert any(math.isnan(reward) for item in judged[0] for reward in item.rewards)
@@ -440,7 +448,7 @@ def test_rewards_that_lipo_cannot_weigh_pairs_by_are_refused():
         return Score(30.0 * lengths(example, text).value, "correct")
 
     with pytest.raises(UserError, match=r"stage 'toy': loss lipo .* must lie between 0 and 1, and one is"):
-        judged_on_policy(stage, prepared(asked()), LocalSampler(policy, RENDERER), scorer(wide), SEED)
+        judged_on_policy(policy, stage, prepared(asked()), LocalSampler(policy, RENDERER), scorer(wide), SEED)
 
 
 @pytest.mark.parametrize("loss", ["kto", "dpo"])
@@ -481,6 +489,9 @@ def test_labelled_rows_keep_good_and_bad_answers(tmp_path):
     (items,) = judged_from_data(tiny_policy(), stage, data, SEED)
     assert [item.rewards for item in items] == [(1.0,), (0.0,), (1.0,), (0.0,)]
     assert [item.sample["outcome"] for item in items] == ["good", "bad", "good", "bad"]
+    path.write_text("".join(json.dumps(row | {"label": True}) + "\n" for row in rows))
+    with pytest.raises(UserError, match="of 4 to learn from 4 are labelled good and 0 bad"):  # told by a dry run, too
+        stage_data(stage, tiny_policy(), frozenset())
 
 
 # What is watched

@@ -132,7 +132,7 @@ def test_a_batch_bears_what_its_scores_cost(kind: str, tmp_path: Path) -> None:
 def test_so_do_pairs_made_beforehand() -> None:
     policy = tiny_policy()
     stage = stage_of("dpo on-policy")
-    _, ledger, _ = judged_on_policy(stage, prepared(asked()), LocalSampler(policy, RENDERER), dear, SEED)
+    _, ledger, _ = judged_on_policy(policy, stage, prepared(asked()), LocalSampler(policy, RENDERER), dear, SEED)
     assert ledger.reward_tokens == 7
 
 

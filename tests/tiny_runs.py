@@ -245,7 +245,7 @@ def preference(
     data = data or prepared(answered()[:6] if stage.loss == "tpo" else asked())
     path = folder / "judged.jsonl"
     if not path.exists():
-        judged, _, _ = judged_on_policy(stage, data, LocalSampler(policy, RENDERER), scorer(lengths), SEED)
+        judged, _, _ = judged_on_policy(policy, stage, data, LocalSampler(policy, RENDERER), scorer(lengths), SEED)
         write_judged(path, referred(policy, stage, judged)[0])
     return PreferenceMethod(stage, data, SEED, read_judged(path, len(data.rows)), policy)
 

@@ -50,7 +50,7 @@ class RolloutActor:
     ) -> tuple[list[Rollout], Ledger]:
         """`weights` is one reference in a list: fetched only where another version is held."""
         if version != self.version:
-            unpack(ray.get(weights[0]), self.policy)
+            unpack_weights(ray.get(weights[0]), self.policy)
             self.version = self.policy.digest()
         return self.sampler(prompts, n, sampling, seed, first)
 
@@ -78,7 +78,7 @@ class Pool:
         if self.world.rank == 0:
             version = self.policy.digest(weights)
             if version != self.version:
-                self.version, self.weights = version, ray.put(pack(weights))
+                self.version, self.weights = version, ray.put(pack_weights(weights))
             asked = [
                 actor.sample.remote(version, [self.weights], prompts[start:stop], n, sampling, seed, start)
                 for actor, (start, stop) in zip(self.actors, cuts(len(prompts), len(self.actors)), strict=True)
@@ -108,12 +108,12 @@ def cuts(size: int, parts: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(ends))
 
 
-def pack(weights: Mapping[str, Tensor]) -> Packed:
+def pack_weights(weights: Mapping[str, Tensor]) -> Packed:
     return {name: t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() for name, t in weights.items()}
 
 
 @torch.no_grad()
-def unpack(packed: Packed, policy: Policy) -> None:
+def unpack_weights(packed: Packed, policy: Policy) -> None:
     """Put the weights into the policy. Those that it does not have, or too few, are a KeyError."""
     parameters = policy.parameters()
     for name in parameters.keys() | packed.keys():

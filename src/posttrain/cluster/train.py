@@ -35,9 +35,10 @@ from posttrain.machine import peak_memory, tune
 from posttrain.models.disk import write_text
 from posttrain.models.policy import Policy
 from posttrain.pipeline.stages import Job, Say, Trainer, learn
-from posttrain.recipe.preference import OnlinePreference, Preference, SelfRewarding
-from posttrain.recipe.rl import RejectionSampling, Rl
+from posttrain.recipe.preference import Preference
+from posttrain.recipe.rl import Rl
 from posttrain.recipe.schema import Stage
+from posttrain.recipe.stage import SamplingStage
 from posttrain.recipe.supervised import Distill
 from posttrain.records import Failure, Ledger, UserError
 from posttrain.training.world import Distributed
@@ -171,7 +172,7 @@ def check(stages: Sequence[Stage], layout: Layout) -> None:
 def _samples(stage: Stage) -> bool:
     """Whether workers ask for completions while they train, or before they begin."""
     return bool(
-        isinstance(stage, Rl | RejectionSampling | OnlinePreference | SelfRewarding)
+        isinstance(stage, SamplingStage)
         or (isinstance(stage, Preference) and stage.on_policy)
         or (isinstance(stage, Distill) and stage.mode == "on_policy")
     )

@@ -3,7 +3,7 @@
 from posttrain.credit.advantages import group_advantages
 from posttrain.credit.batch import Counted, Credited, as_row, groups
 from posttrain.credit.gae import gae
-from posttrain.credit.grpo import advantages, grpo
+from posttrain.credit.grpo import grpo
 from posttrain.credit.minillm import minillm
 from posttrain.credit.pairs import best_and_worst, pairs, rankings
 from posttrain.credit.prime import process_returns
@@ -13,7 +13,6 @@ from posttrain.credit.rloo import leave_one_out, rloo
 __all__ = [
     "Counted",
     "Credited",
-    "advantages",
     "as_row",
     "best_and_worst",
     "gae",

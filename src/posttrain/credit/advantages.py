@@ -10,7 +10,7 @@ from torch import Tensor
 from posttrain.records import UserError
 
 
-def finite(rewards_PG: Tensor) -> Tensor:
+def finite_rewards(rewards_PG: Tensor) -> Tensor:
     """The rewards in float32 or better; NaN, which is unscored, is among what is allowed.
 
     Raises:
@@ -32,7 +32,7 @@ def group_advantages(
     NaN means unscored: it counts in no mean or deviation and gets advantage 0. A group with fewer than two scored
     completions, or whose scores are all equal, gets exactly 0 and so needs no forward pass.
     """
-    rewards_PG = finite(rewards_PG)
+    rewards_PG = finite_rewards(rewards_PG)
     scored_PG = ~rewards_PG.isnan()
     scored_P = scored_PG.sum(dim=1, keepdim=True)
     mean_P = rewards_PG.nansum(dim=1, keepdim=True) / scored_P.clamp(min=1)

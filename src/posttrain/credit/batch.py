@@ -50,7 +50,7 @@ def groups(rollouts: Sequence[Rollout]) -> list[list[int]]:
     return [list(group) for _, group in itertools.groupby(range(len(rollouts)), key)]
 
 
-def compared(
+def by_rollout(
     rollouts: Sequence[Rollout], scores: Sequence[Score], compare: Callable[[Tensor], Tensor]
 ) -> list[float | None]:
     """The advantage of each rollout by `compare`, rewards_PG to advantages_PG with NaN for what there is no reward of.

@@ -7,19 +7,8 @@ from functools import partial
 from typing import Literal
 
 from posttrain.credit.advantages import group_advantages
-from posttrain.credit.batch import Credited, by_token, compared, credited
+from posttrain.credit.batch import Credited, by_rollout, by_token, credited
 from posttrain.records import Rollout, Score
-
-
-def advantages(
-    rollouts: Sequence[Rollout],
-    scores: Sequence[Score],
-    *,
-    std: Literal["group", "batch", "none"] = "group",
-    eps: float = 1e-4,
-) -> list[float | None]:
-    """The advantage of each rollout, by `group_advantages`; None where it has no score. Groups may differ in size."""
-    return compared(rollouts, scores, partial(group_advantages, std=std, eps=eps))
 
 
 def grpo(
@@ -32,6 +21,7 @@ def grpo(
     """The batch of GRPO (Shao et al., 2402.03300): each token of a completion carries its advantage.
 
     A completion whose advantage is 0 is counted and not computed; where none has any, the forest is empty. One
-    without a score is left out altogether.
+    without a score is left out altogether. Groups may differ in size.
     """
-    return credited(rollouts, by_token(rollouts, advantages(rollouts, scores, std=std, eps=eps)))
+    compare = partial(group_advantages, std=std, eps=eps)
+    return credited(rollouts, by_token(rollouts, by_rollout(rollouts, scores, compare)))

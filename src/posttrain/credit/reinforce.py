@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from posttrain.credit.advantages import finite
+from posttrain.credit.advantages import finite_rewards
 from posttrain.credit.batch import Credited, at_all, at_sampled, credited
 from posttrain.records import Rollout, Score
 
@@ -41,7 +41,7 @@ def returns(
     `penalties` are what the tokens cost, such as a weighted KL from a reference; by default nothing.
     """
     scored = [i for i, s in enumerate(scores) if s.value is not None and not math.isnan(s.value)]
-    finite(torch.tensor([[scores[i].value or 0.0 for i in scored]]))
+    finite_rewards(torch.tensor([[scores[i].value or 0.0 for i in scored]]))
     earned = []
     for i in scored:
         costs = [0.0] * rollouts[i].sampled if penalties is None else at_sampled(rollouts[i], penalties[i])

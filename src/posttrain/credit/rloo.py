@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from posttrain.credit.advantages import group_advantages
-from posttrain.credit.batch import Credited, by_token, compared, credited
+from posttrain.credit.batch import Credited, by_rollout, by_token, credited
 from posttrain.records import Rollout, Score
 
 
@@ -23,4 +23,4 @@ def leave_one_out(rewards_PG: Tensor) -> Tensor:
 
 def rloo(rollouts: Sequence[Rollout], scores: Sequence[Score]) -> Credited:
     """The batch of RLOO: each token of a completion carries its advantage, as in `grpo`."""
-    return credited(rollouts, by_token(rollouts, compared(rollouts, scores, leave_one_out)))
+    return credited(rollouts, by_token(rollouts, by_rollout(rollouts, scores, leave_one_out)))

@@ -76,7 +76,7 @@ def at_steps(
     return Rendered(example, prompt_ids, ids, tuple(i in labelled for i in range(len(ids))))
 
 
-def as_row(example: Example) -> dict[str, Any]:
+def solution_row(example: Example) -> dict[str, Any]:
     """A solution in labelled steps as a row of the shape `step_labels`."""
     steps = [turn["content"] for turn in example.completion]
     return {"prompt": list(example.prompt), "completions": steps, "labels": list(example.step_labels)}

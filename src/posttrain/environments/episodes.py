@@ -14,7 +14,7 @@ from posttrain.environments.protocol import Budget, Environment, Episode
 from posttrain.recipe.blocks import Sampling
 from posttrain.records import Example, Failure, Ledger, Message, Rollout, Score, UserError, derive
 from posttrain.rewards.pool import SIZE
-from posttrain.rewards.protocol import finite
+from posttrain.rewards.protocol import broke, finite
 from posttrain.sampling.protocol import Sampler
 
 
@@ -101,99 +101,84 @@ class _Going:
         except (UserError, Failure):
             raise
         except Exception as error:  # as may its reward
-            return episode, Score(None, "error", why=f"{type(error).__name__}: {error}")
+            return episode, broke(error)
 
 
-def episodes(
-    environment: Callable[[], Environment],
-    prompts: Sequence[Example],
-    n: int,
-    sampler: Sampler,
-    renderer: Renderer,
-    sampling: Sampling,
-    budget: Budget,
-    seed: int,
-) -> tuple[list[tuple[Episode, Score]], Ledger]:
-    """`n` episodes of each prompt with their scores, in the order in which a sampler returns completions.
+@dataclass(frozen=True)
+class EpisodeSampler:
+    """A `Sampler` whose rollouts are episodes, each in an environment that `environment` makes for it.
 
     The first turns are exactly what `sampler(prompts, n, sampling, seed)` gives; `sampling.max_new_tokens` is the
     limit of one turn. The same call gives the same episodes, where neither the environment nor a limit on seconds
     brings chance in; but later turns are drawn by their place among the episodes that still go on, so a prompt's
     episodes depend on the others.
 
-    Raises:
+    Raises, whichever way it is asked:
         UserError: the chat template cannot show tools or roles of this environment.
         Failure: resets of one example differ, or the sampler does not go on where a turn has ended.
     """
-    played, ledger = _play(environment, prompts, n, sampler, renderer, sampling, budget, seed)
-    return [one.scored() for one in played], ledger
 
-
-class EpisodeSampler:
-    """A `Sampler` whose rollouts are episodes, for methods that learn from rollouts and score them by themselves.
-
-    Raises, besides what `episodes` does:
-        Failure: the environment raised, so there is nothing to score.
-    """
-
-    def __init__(
-        self, environment: Callable[[], Environment], sampler: Sampler, renderer: Renderer, budget: Budget
-    ) -> None:
-        self.environment, self.sampler, self.renderer, self.budget = environment, sampler, renderer, budget
+    environment: Callable[[], Environment]
+    sampler: Sampler
+    renderer: Renderer
+    budget: Budget
 
     def __call__(
         self, prompts: Sequence[Example], n: int, sampling: Sampling, seed: int
     ) -> tuple[list[Rollout], Ledger]:
-        played, ledger = _play(self.environment, prompts, n, self.sampler, self.renderer, sampling, self.budget, seed)
+        """For methods that learn from rollouts and score them by themselves.
+
+        Raises:
+            Failure: the environment raised, so there is nothing to score.
+        """
+        played, ledger = self._play(prompts, n, sampling, seed)
         for one in played:
             if one.ended == "error":
                 raise Failure(f"{one.first.example.id}: the environment broke down: {one.why}")
         return [one.episode().rollout for one in played], ledger
 
+    def scored(
+        self, prompts: Sequence[Example], n: int, sampling: Sampling, seed: int
+    ) -> tuple[list[tuple[Episode, Score]], Ledger]:
+        """`n` episodes of each prompt, in the order of a sampler's completions, with what the environment gives them;
+        one in which it raised is unscored."""
+        played, ledger = self._play(prompts, n, sampling, seed)
+        return [one.scored() for one in played], ledger
 
-def _play(
-    environment: Callable[[], Environment],
-    prompts: Sequence[Example],
-    n: int,
-    sampler: Sampler,
-    renderer: Renderer,
-    sampling: Sampling,
-    budget: Budget,
-    seed: int,
-) -> tuple[list[_Going], Ledger]:
-    began = time.monotonic()
-    making = [[environment() for _ in range(n)] for _ in prompts]
-    asked = [_reset(of_one, example) for of_one, example in zip(making, prompts, strict=True)]
-    _check_tools(asked, renderer)
-    turns, ledger = sampler(asked, n, _within(sampling, budget.tokens), seed)
-    made = [one for of_one in making for one in of_one]
-    all_ = [
-        _Going(one, turn, turn.example.prompt, min(budget.tokens, budget.context - len(turn.prompt_ids)))
-        for one, turn in zip(made, turns, strict=True)
-    ]
-    going, count = all_, 1
-    with ThreadPoolExecutor(SIZE) as threads:
-        while going:
-            for one, turn in zip(going, turns, strict=True):
-                one.hear(turn, renderer)
-            going = [one for one in going if one.ended is None]
-            for one, (said, done) in zip(going, threads.map(_Going.answer, going), strict=True):
-                one.messages += tuple(said)
-                if done:
-                    one.ended = "done"
-                elif one.ended is None and time.monotonic() - began >= budget.seconds:
-                    one.ended = "seconds"
-                elif one.ended is None:
-                    try:
-                        one.tell(said, renderer)
-                    except Malformed as error:
-                        raise UserError(f"{one.first.example.id}: {error}") from None
-            going = [one for one in going if one.ended is None]
-            if going:
-                begun, room = [one.begun() for one in going], max(one.room for one in going)
-                turns, cost = sampler(begun, 1, _within(sampling, room), derive(seed, "turn", count))
-                ledger, count = ledger + cost, count + 1
-    return all_, ledger
+    def _play(self, prompts: Sequence[Example], n: int, sampling: Sampling, seed: int) -> tuple[list[_Going], Ledger]:
+        began, budget, renderer = time.monotonic(), self.budget, self.renderer
+        making = [[self.environment() for _ in range(n)] for _ in prompts]
+        asked = [_reset(of_one, example) for of_one, example in zip(making, prompts, strict=True)]
+        _check_tools(asked, renderer)
+        turns, ledger = self.sampler(asked, n, _within(sampling, budget.tokens), seed)
+        made = [one for of_one in making for one in of_one]
+        all_ = [
+            _Going(one, turn, turn.example.prompt, min(budget.tokens, budget.context - len(turn.prompt_ids)))
+            for one, turn in zip(made, turns, strict=True)
+        ]
+        going, count = all_, 1
+        with ThreadPoolExecutor(SIZE) as threads:
+            while going:
+                for one, turn in zip(going, turns, strict=True):
+                    one.hear(turn, renderer)
+                going = [one for one in going if one.ended is None]
+                for one, (said, done) in zip(going, threads.map(_Going.answer, going), strict=True):
+                    one.messages += tuple(said)
+                    if done:
+                        one.ended = "done"
+                    elif one.ended is None and time.monotonic() - began >= budget.seconds:
+                        one.ended = "seconds"
+                    elif one.ended is None:
+                        try:
+                            one.tell(said, renderer)
+                        except Malformed as error:
+                            raise UserError(f"{one.first.example.id}: {error}") from None
+                going = [one for one in going if one.ended is None]
+                if going:
+                    begun, room = [one.begun() for one in going], max(one.room for one in going)
+                    turns, cost = self.sampler(begun, 1, _within(sampling, room), derive(seed, "turn", count))
+                    ledger, count = ledger + cost, count + 1
+        return all_, ledger
 
 
 def _within(sampling: Sampling, room: int) -> Sampling:

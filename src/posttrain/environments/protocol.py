@@ -26,6 +26,8 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Episode:
+    """What was said in one environment, to learn from and to look at."""
+
     rollout: Rollout
     """To learn from: `ids` are all that follows the prompt, as it was sampled and said, `target` what was sampled, and
     `text` is the model's last turn. `finish` is `length` where the episode was cut."""

@@ -30,6 +30,8 @@ To call one, write only <tool_call>{{"name": ..., "arguments": {{...}}}}</tool_c
 
 @dataclass(frozen=True)
 class Tool:
+    """What a model may call, and what the call runs."""
+
     name: str
     description: str
     parameters: Mapping[str, Any]
@@ -47,6 +49,8 @@ class Tool:
 
 @dataclass(frozen=True, slots=True)
 class Call:
+    """A tool, by its name, and what it is given."""
+
     name: str
     arguments: Mapping[str, Any]
 

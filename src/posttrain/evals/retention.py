@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posttrain.credit.batch import as_row
 from posttrain.evals.stats import mean_interval
 from posttrain.forest import Row, pack, split
 from posttrain.forest.logprobs import head, hidden_states
+from posttrain.losses import kl_divergence
 from posttrain.models.policy import Policy
 from posttrain.recipe.blocks import Sampling
 from posttrain.recipe.schema import Retention
@@ -47,7 +49,7 @@ def continuations(sampler: Sampler, retention: Retention) -> list[Row]:
     """What the sampler's model says to the prompts, greedily."""
     greedy = Sampling(temperature=0, max_new_tokens=retention.max_new_tokens)
     rollouts, _ = sampler(prompts(retention), 1, greedy, 0)
-    return [Row(r.prompt_ids, r.ids, (True,) * len(r.ids)) for r in rollouts]
+    return [as_row(rollout) for rollout in rollouts]
 
 
 @torch.no_grad()
@@ -65,7 +67,7 @@ def drift(policy: Policy, base: Mapping[str, Tensor], said: Sequence[Row], now: 
             base_ND = hidden_states(policy.model, forest)[forest.predicting_N]
             base_NV = head(policy.model, base_ND).float().log_softmax(-1)
         logps_NV = head(policy.model, hidden_states(policy.model, forest)[forest.predicting_N]).float().log_softmax(-1)
-        kl_N = (base_NV.exp() * (base_NV - logps_NV)).sum(-1).to(forest.ids_T.device)
+        kl_N = kl_divergence(base_NV, logps_NV).to(forest.ids_T.device)
         kl_T = torch.zeros(len(forest)).masked_scatter(forest.target_T, kl_N)
         for i, (start, stop) in zip(units, forest.spans, strict=True):
             kl_R[i] = kl_T[start:stop].mean().item()

@@ -7,8 +7,7 @@ nothing can be said of the spread: fewer than 2 items, or fewer than 2 clusters.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -164,64 +163,8 @@ def holm(ps: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def rule_of_three(n: int, level: float = 0.95) -> float:
-    """Upper bound of a rate after zero events in n trials: the exact 1 - (1 - level)^(1/n), about 3/n."""
-    _at_least_two(n, "trials")
-    return -math.expm1(math.log1p(-level) / n)
-
-
-def bootstrap(
-    values: ArrayLike,
-    stat: Callable[[NDArray[np.float64]], float],
-    seed: int,
-    n: int = 2000,
-    level: float = 0.95,
-) -> Interval:
-    """Percentile bootstrap interval (Efron 1979) of `stat(values)` from n resamples of its rows."""
-    x = _finite(values)
-    _at_least_two(len(x))
-    rng = np.random.default_rng(seed)
-    draws = [stat(x[rng.integers(len(x), size=len(x))]) for _ in range(n)]
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(low), float(high))
-
-
-def _samples(n: int, c: int, k: int) -> None:
-    if not (0 <= c <= n and 1 <= k <= n):
-        raise ValueError(f"need 0 <= correct <= samples and 1 <= k <= samples, not correct={c}, samples={n}, k={k}")
-
-
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Chance that k of n samples, c of them correct, hold a correct one (Chen et al., 2107.03374)."""
-    _samples(n, c, k)
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"need 0 <= correct <= samples and 1 <= k <= samples, not correct={c}, samples={n}, k={k}")
     return 1.0 - math.prod(1 - k / i for i in range(n - c + 1, n + 1)) if n - c >= k else 1.0
-
-
-def pass_pow_k(n: int, c: int, k: int) -> float:
-    """pass^k, the chance that k of n samples, c of them correct, are all correct (tau-bench, 2406.12045)."""
-    _samples(n, c, k)
-    return math.comb(c, k) / math.comb(n, k)
-
-
-def maj_at_k(answers: Sequence[str | None], gold: str, k: int) -> float:
-    """Chance that the majority of k of these answers is `gold`, over all k-subsets; a tie counts 1/|tied|.
-
-    None is an answer that could not be parsed: it is drawn like any other and has no vote. Exact, by counting
-    subsets: for each number of gold votes, how many ways the rest can fall with none above it.
-    """
-    _samples(len(answers), 0, k)
-    votes = Counter(answers)
-    silent, right = votes.pop(None, 0), votes.pop(gold, 0)
-    won = 0.0
-    for mine in range(1, min(right, k) + 1):
-        ways = {(0, 0): 1}  # (votes of the others, others tied with gold) -> subsets
-        for count in votes.values():
-            longer: Counter[tuple[int, int]] = Counter()
-            for (cast, tied), number in ways.items():
-                for theirs in range(min(count, mine, k - mine - cast) + 1):
-                    key = (cast + theirs, tied + (theirs == mine))
-                    longer[key] += number * math.comb(count, theirs)
-            ways = dict(longer)
-        for (cast, tied), number in ways.items():
-            won += math.comb(right, mine) * number * math.comb(silent, k - mine - cast) / (1 + tied)
-    return won / math.comb(len(answers), k)

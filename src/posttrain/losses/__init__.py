@@ -104,6 +104,8 @@ __all__ = [
 
 
 class Entry(NamedTuple):
+    """A loss, or a method of which this is the loss."""
+
     function: Callable[..., Tensor]
     """What computes the loss, or the score or weight that makes the method, with the settings of its paper; the
     function itself has those that its kind has in common (a `beta` of 0.1 for all pairs, as in TRL)."""

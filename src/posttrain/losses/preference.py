@@ -28,7 +28,8 @@ def logistic(
 
 
 def hinge(chosen_P: Tensor, rejected_P: Tensor, *, beta: float = 0.1) -> Tensor:
-    """max(0, 1 - beta d) (SLiC, Zhao et al., 2305.10425; normalised as in RSO, 2309.06657)."""
+    """max(0, 1 - beta d): SLiC's margin (Zhao et al., 2305.10425) on log-ratios, as in RSO (Liu et al., 2309.06657),
+    which calls beta gamma and sets it to 0.05."""
     return (1 - beta * (chosen_P - rejected_P)).relu()
 
 

@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-Aggregate = Literal["token", "sequence", "constant"]
+Reduction = Literal["token", "sequence", "constant"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ def reduce_tokens(
     target_T: Tensor,
     counts: Counts,
     *,
-    how: Aggregate = "token",
+    how: Reduction = "token",
     sequence_T: Tensor | None = None,
     constant: float | None = None,
 ) -> Tensor:
@@ -85,7 +85,7 @@ def reduce_tokens(
     raise ValueError(f"reduce_tokens: how is token, sequence or constant, not {how!r}")
 
 
-class Counted(Protocol):
+class Reducible(Protocol):
     """Tokens that know which of them carry loss, whose they are, and what their loss is divided by."""
 
     @property
@@ -96,7 +96,7 @@ class Counted(Protocol):
     def counts(self) -> Counts: ...
 
 
-def reduce(loss_T: Tensor, batch: Counted, *, how: Aggregate = "token", constant: float | None = None) -> Tensor:
+def reduce(loss_T: Tensor, batch: Reducible, *, how: Reduction = "token", constant: float | None = None) -> Tensor:
     """`reduce_tokens` of a batch."""
     return reduce_tokens(loss_T, batch.target_T, batch.counts, how=how, sequence_T=batch.sequence_T, constant=constant)
 

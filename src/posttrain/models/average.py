@@ -56,9 +56,9 @@ def average(sources: Sequence[str], folder: Path) -> Artifact:
         save_file(mean, work / name, {"format": "pt"})
         record = json_file(work / RECORD) if (work / RECORD).is_file() else {}
         dtype = record.get("dtype") or str(next(iter(mean.values())).dtype).removeprefix("torch.")
-        made = (load_reward_model if is_reward_model(work) else load)(str(work), dtype=dtype)
-        (work / RECORD).write_text(json.dumps(record | {"digest": made.digest()}, indent=2) + "\n")
-    return Artifact("adapter" if adapter else "model", folder, made.digest())
+        digest = (load_reward_model if is_reward_model(work) else load)(str(work), dtype=dtype).digest()
+        (work / RECORD).write_text(json.dumps(record | {"digest": digest}, indent=2) + "\n")
+    return Artifact("adapter" if adapter else "model", folder, digest)
 
 
 def _mean(key: str, tensors: Sequence[Tensor]) -> Tensor:
@@ -78,10 +78,9 @@ def _refuse_other(first: Path, ours: dict[str, Tensor], place: Path, theirs: dic
         differ = sorted(key for key in ours.keys() | theirs.keys() if forms[0].get(key) != forms[1].get(key))
         raise UserError(f"{place}: is of another architecture or precision than {first} ({differ[0]} differs)")
     if adapter:
-        scale, base = (
-            [json_file(each / name).get(key) for each in (first, place)]
-            for name, key in (("adapter_config.json", "lora_alpha"), (RECORD, "base_digest"))
-        )
-        if scale[0] != scale[1] or base[0] != base[1]:
-            what = "has another alpha" if scale[0] != scale[1] else "stands on other weights"
-            raise UserError(f"{place}: {what} than {first}; average adapters of one base that were trained alike")
+        for file, key, what in (
+            ("adapter_config.json", "lora_alpha", "has another alpha"),
+            (RECORD, "base_digest", "stands on other weights"),
+        ):
+            if json_file(first / file).get(key) != json_file(place / file).get(key):
+                raise UserError(f"{place}: {what} than {first}; average adapters of one base that were trained alike")

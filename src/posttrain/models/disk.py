@@ -1,14 +1,16 @@
-"""Folders that appear whole or not at all, and one process at a time."""
+"""Folders and files that appear whole or not at all, JSON in files, and one process at a time."""
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -96,3 +98,39 @@ def write_bytes(path: Path, content: bytes) -> None:
         with suppress(OSError):
             work.unlink()
         raise UserError(f"{path}: cannot be written ({error.strerror}); mend that or name another place") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The file's content; None where there is no file.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    return _parsed(path, path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
+
+
+def write_rows(path: Path, rows: Iterable[Any]) -> None:
+    """A value a line. In ASCII: what a model writes may hold what is half a character, or breaks a line elsewhere."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_rows(path: Path) -> list[Any]:
+    """The values; UserError where the file is damaged or missing."""
+    if not path.is_file():
+        raise _damaged(path, "is missing")
+    return [_parsed(path, line) for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line]
+
+
+def _parsed(path: Path, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise _damaged(path, f"is not JSON as it was written ({error})") from None
+
+
+def _damaged(path: Path, what: str) -> UserError:
+    return UserError(f"{path}: {what}; restore it from a copy of the run folder, or choose another --out")

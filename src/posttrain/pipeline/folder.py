@@ -15,45 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.machine import own_memory, tune
-from posttrain.models.disk import write_text
 from posttrain.records import UserError
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numpy", "reasoning_gym")
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """The file's content; None where there is no file.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    return _parsed(path, path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """One value a line; UserError where the file is damaged or missing."""
-    if not path.is_file():
-        raise _damaged(path, "is missing")
-    return [_parsed(path, line) for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line]
-
-
-def _parsed(path: Path, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise _damaged(path, f"is not JSON as it was written ({error})") from None
-
-
-def _damaged(path: Path, what: str) -> UserError:
-    return UserError(f"{path}: {what}; restore it from a copy of the run folder, or choose another --out")
 
 
 def digest(value: Any) -> str:

@@ -16,11 +16,12 @@ from posttrain.machine import own_memory
 from posttrain.models.fused import foldable
 from posttrain.models.memory import Pass, measure_forward, measure_pass
 from posttrain.models.policy import Policy, outline
+from posttrain.pipeline.calls import asks
 from posttrain.recipe.blocks import Sampling
 from posttrain.recipe.preference import OnlinePreference, Preference, SelfRewarding
-from posttrain.recipe.rl import Grpo, RejectionSampling, Rl
+from posttrain.recipe.rl import Grpo, Rl
 from posttrain.recipe.schema import Stage
-from posttrain.recipe.scoring import ProcessRewardModel, ScoringStage
+from posttrain.recipe.scoring import ScoringStage
 from posttrain.recipe.supervised import Constitutional, Distill
 from posttrain.records import UserError
 from posttrain.rewards.judge import GRADE, META
@@ -84,10 +85,10 @@ def stage_memory(stage: Stage, data: Prepared, policy: Policy, seed: int) -> Ter
         terms["teacher"] = sum(p.nbytes for p in teacher.parameters())
         if stage.mode == "sequence":
             answering, teacher = teacher, None
-    learned, asked = _asked_back(stage, data, policy)
+    learned, prompts = _asked_back(stage, data, policy)
     try:
         step = _largest_pass(stage, learned, policy.model, seed, teacher)
-        sampling = _sampling(stage, asked, answering)
+        sampling = _sampling(stage, prompts, answering)
     except Exception as error:  # the model's code is not ours, and may fail in any way
         said = str(error).partition("\n")[0]
         raise Unpredicted(f"{type(decoder(policy.model)).__name__} does not run without values ({said})") from error
@@ -197,26 +198,18 @@ def _batches(stage: Stage, data: Prepared, seed: int) -> list[list[tuple[Row, ..
     """The heaviest of the stage's batches, as the rows that must share a pass."""
     period = stage.period if isinstance(stage, Rl) else 1
     order = draws(stage, data.rows, data.weights, seed, period)
+    asked = asks(stage, len(order))
     made = []
     for first in range(0, len(order), stage.batch_size):
         units: list[tuple[Row, ...]] = []
         for source, i in order[first : first + stage.batch_size]:
             item = data.rows[source][i]
-            if isinstance(stage, Rl):
-                units += [(_sampled(item.prompt_ids, stage.whole, k),) for k in range(stage.n)]
-            elif isinstance(stage, Preference) and stage.on_policy:
-                units.append(tuple(_sampled(item.prompt_ids, stage.on_policy, k) for k in range(stage.width)))
-            elif isinstance(stage, OnlinePreference):
-                units.append(tuple(_sampled(item.prompt_ids, stage.sampling, k) for k in range(stage.sides)))
-            elif isinstance(stage, SelfRewarding):
-                own = stage.judging if stage.meta_judge else stage.sampling
-                units.append(tuple(_sampled(item.prompt_ids, own, k) for k in range(2)))
-            elif isinstance(stage, RejectionSampling | Constitutional) and not item.completion_ids:
-                units.append((_sampled(item.prompt_ids, stage.sampling, 0),))
-            elif isinstance(stage, Distill) and (stage.mode == "on_policy" or not item.completion_ids):
+            if isinstance(stage, Distill) and stage.mode == "on_policy":
                 units.append((max(chosen(item), _sampled(item.prompt_ids, stage.sampling, 0), key=len),))
-            elif isinstance(stage, ProcessRewardModel) and stage.rollouts and not item.completion_ids:
-                units.append((_sampled(item.prompt_ids, stage.rollouts, 0),))
+            elif asked and (not item.completion_ids or isinstance(stage, Preference)):  # else they were written before
+                how = stage.judging if isinstance(stage, SelfRewarding) and stage.meta_judge else asked.sampling
+                own = tuple(_sampled(item.prompt_ids, how, k) for k in range(asked.together))
+                units += [(row,) for row in own] if isinstance(stage, Rl) else [own]
             elif item.rejected_ids:
                 units.append((chosen(item), rejected(item)))
             else:
@@ -256,27 +249,10 @@ def _sampled(prompt: Sequence[int], sampling: Sampling, k: int) -> Row:
 
 def _sampling(stage: Stage, data: Prepared, model: nn.Module) -> Terms:
     """Of the local engine, in one call for all prompts of a step (of a stage or round that begins so)."""
-    if isinstance(stage, Rl):
-        prompts, n, sampling = stage.batch_size, stage.n, stage.whole
-    elif isinstance(stage, OnlinePreference):
-        prompts, n, sampling = stage.batch_size, stage.n, stage.sampling
-    elif isinstance(stage, Constitutional):
-        prompts, n, sampling = sum(map(len, data.rows)), 1, stage.sampling
-    elif isinstance(stage, SelfRewarding):
-        prompts, n, sampling = stage.prompts * stage.n, stage.judging.n, stage.judging
-        if stage.meta_judge:
-            prompts, n = stage.prompts * stage.judging.n * (stage.judging.n - 1), 1
-    elif isinstance(stage, RejectionSampling):
-        prompts, n, sampling = stage.prompts, stage.n, stage.sampling
-    elif isinstance(stage, Distill) and stage.mode != "off_policy":
-        answered = sum(map(len, data.rows)) if stage.mode == "sequence" else stage.batch_size
-        prompts, n, sampling = answered, 1, stage.sampling
-    elif isinstance(stage, Preference) and stage.on_policy:
-        prompts, n, sampling = stage.on_policy.prompts, stage.on_policy.n, stage.on_policy
-    elif isinstance(stage, ProcessRewardModel) and stage.rollouts:
-        prompts, n, sampling = stage.rollouts.prompts, stage.rollouts.solutions, stage.rollouts
-    else:
+    asked = asks(stage, sum(map(len, data.rows)))
+    if asked is None:
         return {}
+    prompts, n, sampling, _ = asked.calls[-1]
     ids = sorted((r.prompt_ids for rows in data.rows for r in rows), key=len)[-prompts:]
     rows = min(local.ROWS, prompts * n)
     ids = ids[-math.ceil(rows / n) :]

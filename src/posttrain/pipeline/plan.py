@@ -11,13 +11,13 @@ from posttrain.evals import retention, suites
 from posttrain.machine import own_memory
 from posttrain.models.cost import forward_flops_per_token, training_flops_per_token
 from posttrain.models.policy import Policy, outline
+from posttrain.pipeline.calls import asks
 from posttrain.pipeline.memory import Terms, Unpredicted, fit, told
 from posttrain.pipeline.stages import stage_data
-from posttrain.recipe.preference import OnlinePreference, Preference, SelfRewarding
-from posttrain.recipe.rl import Grpo, RejectionSampling, Rl
+from posttrain.recipe.rl import Grpo, Rl
 from posttrain.recipe.schema import Recipe, Stage
-from posttrain.recipe.scoring import ProcessRewardModel, ScoringStage
-from posttrain.recipe.supervised import Constitutional, Distill
+from posttrain.recipe.scoring import ScoringStage
+from posttrain.recipe.supervised import Distill
 from posttrain.training.preference import second_model
 from posttrain.training.reward import hold_out
 
@@ -108,43 +108,14 @@ def _stage(stage: Stage, data: Prepared, policy: Policy, seed: int) -> StagePlan
     rows = [r for part in data.rows for r in part]
     prompt = sum(len(r.prompt_ids) for r in rows) / len(rows)
     answers = sum(len(r.completion_ids) + len(r.rejected_ids) for r in rows) / len(rows)
-    generated, trees, branches = 0, stage.steps * stage.batch_size, 2 if rows[0].rejected_ids else 1
-    if isinstance(stage, Preference) and stage.on_policy:
-        branches = stage.width
-        answers = branches * stage.on_policy.max_new_tokens
-        generated = stage.on_policy.prompts * stage.on_policy.n * stage.on_policy.max_new_tokens
-    elif isinstance(stage, Rl):
-        branches = stage.n
-        answers = stage.n * stage.whole.max_new_tokens
-        generated = -(-stage.steps // stage.period) * stage.batch_size * answers
-        generated *= stage.max_draws if isinstance(stage, Grpo) else 1
+    trees, branches = stage.steps * stage.batch_size, 2 if rows[0].rejected_ids else 1
+    if asked := asks(stage, len(rows)):
+        branches = asked.together
+        share = stage.student_share if isinstance(stage, Distill) and stage.mode == "on_policy" else 1.0
+        answers = share * branches * asked.sampling.max_new_tokens + (1 - share) * answers
+    if isinstance(stage, Rl):
         trees //= stage.minibatches
-    elif isinstance(stage, Distill) and stage.mode != "off_policy":
-        sampled = stage.sampling.max_new_tokens
-        if stage.mode == "sequence":
-            answers, generated = sampled, min(len(rows), trees) * sampled
-        else:
-            generated = round(trees * stage.student_share) * sampled
-            answers = stage.student_share * sampled + (1 - stage.student_share) * answers
-    elif isinstance(stage, OnlinePreference):
-        branches = stage.sides
-        answers = branches * stage.sampling.max_new_tokens
-        generated = trees * stage.n * stage.sampling.max_new_tokens
-    elif isinstance(stage, Constitutional):
-        answers = stage.sampling.max_new_tokens
-        generated = min(len(rows), trees) * (1 + 2 * stage.rounds) * answers
-    elif isinstance(stage, SelfRewarding):
-        branches, judging = 2, stage.judging
-        answers = branches * stage.sampling.max_new_tokens
-        compared = judging.n * (judging.n - 1) if stage.meta_judge else 0
-        judged = (stage.n * judging.n + compared) * judging.max_new_tokens
-        generated = stage.rounds * stage.prompts * (stage.n * stage.sampling.max_new_tokens + judged)
-    elif isinstance(stage, RejectionSampling):
-        answers = stage.sampling.max_new_tokens
-        generated = stage.rounds * stage.prompts * stage.n * answers * (2 if stage.hint else 1)
-    elif isinstance(stage, ProcessRewardModel) and stage.rollouts:
-        answers = stage.rollouts.max_new_tokens
-        generated = stage.rollouts.prompts * stage.rollouts.solutions * answers  # how many steps follow, only they show
+    generated = asked.tokens if asked else 0
     each = prompt + answers  # a prompt and all that hangs on it
     context = prompt + answers / branches
     trained = trees * each

@@ -18,10 +18,10 @@ from posttrain.evals import retention, suites
 from posttrain.forest import Row
 from posttrain.forest.attention import unsupported
 from posttrain.forest.logprobs import check_head
-from posttrain.models.disk import write_text
+from posttrain.models.disk import read_json, read_rows, write_json, write_rows, write_text
 from posttrain.models.policy import Policy, load
 from posttrain.monitors.checks import watch_evals, watch_held_out, watch_stage
-from posttrain.pipeline.folder import alone, environment, read_json, read_rows, write_json, write_rows
+from posttrain.pipeline.folder import alone, environment
 from posttrain.pipeline.gates import decide
 from posttrain.pipeline.progress import Progress
 from posttrain.pipeline.stages import Job, Say, Trainer, run_stage, stage_data, train_here

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -21,16 +20,17 @@ from posttrain.environments.episodes import EpisodeSampler
 from posttrain.environments.protocol import Budget
 from posttrain.evals.stats import wilson
 from posttrain.machine import peak_memory
+from posttrain.models.disk import read_json, write_json
 from posttrain.models.policy import Policy, outline
 from posttrain.models.reward import fitting, reward_model
-from posttrain.pipeline.folder import digest, read_json, write_json
+from posttrain.pipeline.folder import digest
 from posttrain.pipeline.memory import fit
 from posttrain.recipe.objectives import OBJECTIVES
 from posttrain.recipe.preference import OnlinePreference, Preference, SelfRewarding
-from posttrain.recipe.rewards import STAGE, Rewarded
-from posttrain.recipe.rl import Grpo, RejectionSampling, Rl
-from posttrain.recipe.schema import Stage
-from posttrain.recipe.scoring import ProcessRewardModel, RewardModel, ScoringStage
+from posttrain.recipe.rewards import STAGE
+from posttrain.recipe.rl import Grpo, RejectionSampling, Rl, ToolsEnvironment
+from posttrain.recipe.schema import Stage, rewarded
+from posttrain.recipe.scoring import ProcessRewardModel, RewardModel, ScoringStage, StepSampling
 from posttrain.recipe.stage import StageBase
 from posttrain.recipe.supervised import Constitutional, ContinuedPretraining, Distill, Sft
 from posttrain.records import Example, Ledger, UserError, derive
@@ -48,9 +48,11 @@ from posttrain.training.grpo import GrpoMethod
 from posttrain.training.loop import train
 from posttrain.training.online import OnlineMethod
 from posttrain.training.oom import FEWER, enough_memory
+from posttrain.training.own import Own
 from posttrain.training.ppo import PpoMethod
 from posttrain.training.preference import (
     PreferenceMethod,
+    check_labels,
     judged_from_data,
     judged_on_policy,
     read_judged,
@@ -128,12 +130,15 @@ def stage_data(stage: StageBase, policy: Policy, held_out: frozenset[str]) -> Pr
     if isinstance(stage, Distill):
         context = min(context, second_model(policy, stage, outline).context)
     data = prepare(stage.data, renderer, need=need(stage), held_out=held_out, context=context)
-    if rewarded := _rewarded(stage):
-        proven(rewarded.rewards, _by_task(data))
+    _, scored = rewarded(stage)
+    if scored:
+        proven(scored.rewards, _by_task(data))
     if isinstance(stage, Rl) and stage.environment and not stage.environment.plain and TOOLS_LEFT_OUT in renderer.notes:
         raise UserError(f"stage {stage.id!r}: environment: {TOOLS_LEFT_OUT}, or set plain: true")
     if isinstance(stage, Preference) and stage.reference is not None:
         second_model(policy, stage, outline)
+    if isinstance(stage, Preference) and OBJECTIVES[stage.loss].of == "answers":
+        check_labels(stage, data.rows)
     if isinstance(stage, ScoringStage):
         hold_out(stage, data)
         fitting(policy, ends(data))
@@ -170,16 +175,8 @@ def run_stage(job: Job, say: Say, trainer: Trainer = train_here) -> None:
         say.line(f"{stage.id}: {note}")
 
     held: list[Rendered] = []
-    before = Ledger()
-    made: dict[str, Any] = {}
-    if isinstance(stage, ProcessRewardModel) and stage.rollouts:
-        data, before, made = _labelled(stage, data, start, folder, seed)
-    if isinstance(stage, Distill) and stage.mode == "sequence":
-        data, before, made = _taught(stage, data, start, folder, seed)
-        job = replace(job, data=data)
-    if isinstance(stage, Constitutional):
-        data, before, made = _revised(stage, data, start, folder, seed)
-        job = replace(job, data=data)
+    data, before, made = _answered(stage, data, start, folder, seed)
+    job = replace(job, data=data)
     if isinstance(stage, ScoringStage):
         head = ends(data), derive(seed, stage.id, "head")
         start = reward_model(start, *head)
@@ -211,80 +208,79 @@ def run_stage(job: Job, say: Say, trainer: Trainer = train_here) -> None:
 
 
 def need(stage: StageBase) -> Need:
-    if isinstance(stage, ContinuedPretraining):
-        return "text"
-    if isinstance(stage, Sft):
-        return "completion"
-    if isinstance(stage, Distill):
-        if stage.mode == "off_policy":
+    _, scored = rewarded(stage)
+    rewards = scored.rewards if scored else ()
+    match stage:
+        case ContinuedPretraining():
+            return "text"
+        case Sft() | Distill(mode="off_policy"):
             return "completion"
-        return partial(prompted, lacks=lambda _: "", own=stage.mode == "on_policy" and stage.student_share < 1)
-    if isinstance(stage, Constitutional | SelfRewarding):
-        return partial(prompted, lacks=lambda _: "")
-    if rewarded := _rewarded(stage):
-        if isinstance(stage, Rl) and stage.environment is not None:
-            return partial(prompted, lacks=lacking(rewarded.rewards), asked=make(stage.environment)().reset)
-        own = isinstance(stage, Preference) and OBJECTIVES[stage.loss].of == "triples"
-        return partial(prompted, lacks=lacking(rewarded.rewards), own=own)
-    if isinstance(stage, Preference):
-        return "label" if OBJECTIVES[stage.loss].of == "answers" else "pair"
-    if isinstance(stage, ProcessRewardModel):
-        return partial(solution, separator=stage.separator)
-    return "pair"
+        case Distill() | Constitutional() | SelfRewarding():
+            own = isinstance(stage, Distill) and stage.mode == "on_policy" and stage.student_share < 1
+            return partial(prompted, lacks=lambda _: "", own=own)
+        case Rl(environment=ToolsEnvironment() as tools):
+            return partial(prompted, lacks=lacking(rewards), asked=make(tools)().reset)
+        case ProcessRewardModel(rollouts=None):
+            return partial(solution, separator=stage.separator)
+        case Preference(on_policy=None):
+            return "label" if OBJECTIVES[stage.loss].of == "answers" else "pair"
+        case RewardModel():
+            return "pair"
+    own = isinstance(stage, Preference) and OBJECTIVES[stage.loss].of == "triples"
+    return partial(prompted, lacks=lacking(rewards), own=own)
 
 
-def _rewarded(stage: StageBase) -> Rewarded | None:
-    """The block that says what answers to the stage's prompts are worth, where it samples them."""
-    if isinstance(stage, Preference):
-        return stage.on_policy
-    if isinstance(stage, ProcessRewardModel):
-        return stage.rollouts
-    return stage if isinstance(stage, Rewarded) else None
+def _once(
+    path: Path, what: str, make: Callable[[], tuple[Ledger, dict[str, Any]]], world: World = ALONE
+) -> tuple[Ledger, dict[str, Any]]:
+    """Have `make` write `path`, unless it has: what that cost and what is worth recording, which stand beside it.
+
+    All workers call this, and the leader writes.
+    """
+    record = path.with_suffix(".json")
+    if not world.gather(record.is_file())[0]:
+        with enough_memory(f"while {what}", FEWER):
+            ledger, facts = make()
+        if world.rank == 0:
+            write_json(record, {"ledger": asdict(ledger), "facts": facts})
+        world.gather(None)  # nobody reads before it is written
+    made = read_json(record)
+    return Ledger(**made["ledger"]), made["facts"]
 
 
-def _labelled(
-    stage: ProcessRewardModel, data: Prepared, start: Policy, folder: Path, seed: int
+def _answered(
+    stage: Stage, data: Prepared, start: Policy, folder: Path, seed: int
 ) -> tuple[Prepared, Ledger, dict[str, Any]]:
-    """The labelled solutions that the stage samples, what they cost, and what is worth recording of them."""
-    kept, cost = folder / "solutions.jsonl", folder / "solutions.json"
-    if not cost.is_file():
-        renderer = Renderer(start.tokenizer, system=stage.data.system)
-        sampler, scorer = LocalSampler(start, renderer), _scorer(stage, data, start, folder)
-        with enough_memory("while solutions were sampled", FEWER):
-            solutions, ledger, facts = labelled_solutions(stage, data, sampler, scorer, renderer, seed)
-        write_solutions(kept, solutions)
-        write_json(cost, {"ledger": asdict(ledger), "facts": facts})
-    made = read_json(cost)
-    return read_solutions(kept, data.report), Ledger(**made["ledger"]), made["facts"]
+    """The data with the answers that are written to it before training, what they cost, and what is worth recording."""
+    renderer = Renderer(start.tokenizer, system=stage.data.system)
+    sampler = Own(LocalSampler(start, renderer), start, stage)
+    match stage:
+        case ProcessRewardModel(rollouts=StepSampling()):
+            path = folder / "solutions.jsonl"
 
+            def label() -> tuple[Ledger, dict[str, Any]]:
+                score = _scorer(stage, data, start, folder)
+                solutions, ledger, facts = labelled_solutions(stage, data, sampler, score, renderer, seed)
+                write_solutions(path, solutions)
+                return ledger, facts
 
-def _taught(
-    stage: Distill, data: Prepared, start: Policy, folder: Path, seed: int
-) -> tuple[Prepared, Ledger, dict[str, Any]]:
-    """The data with the teacher's answers, what they cost, and what is worth recording of them."""
-    kept, cost = folder / "taught.jsonl", folder / "taught.json"
-    if not cost.is_file():
-        teacher = teacher_of(start, stage)
-        sampler = LocalSampler(teacher, Renderer(start.tokenizer, system=stage.data.system))
-        with enough_memory("while the teacher answered", FEWER):
-            ledger, facts = teach(stage, data, sampler, seed, kept)
-        write_json(cost, {"ledger": asdict(ledger), "facts": facts | {"teacher": teacher.digest()}})
-    made = read_json(cost)
-    return taught(kept, data), Ledger(**made["ledger"]), made["facts"]
+            told = _once(path, "solutions were sampled", label)
+            return read_solutions(path, data.report), *told
+        case Distill(mode="sequence"):
+            path = folder / "taught.jsonl"
 
+            def ask() -> tuple[Ledger, dict[str, Any]]:
+                teacher = teacher_of(start, stage)
+                ledger, facts = teach(stage, data, LocalSampler(teacher, renderer), seed, path)
+                return ledger, facts | {"teacher": teacher.digest()}
 
-def _revised(
-    stage: Constitutional, data: Prepared, start: Policy, folder: Path, seed: int
-) -> tuple[Prepared, Ledger, dict[str, Any]]:
-    """The data with the model's revised answers, what they cost, and what is worth recording of them."""
-    kept, cost = folder / "revised.jsonl", folder / "revised.json"
-    if not cost.is_file():
-        sampler = LocalSampler(start, Renderer(start.tokenizer, system=stage.data.system))
-        with enough_memory("while answers were revised", FEWER):
-            ledger, facts = revise(stage, data, sampler, seed, kept)
-        write_json(cost, {"ledger": asdict(ledger), "facts": facts})
-    made = read_json(cost)
-    return revised(kept, data), Ledger(**made["ledger"]), made["facts"]
+            told = _once(path, "the teacher answered", ask)
+            return taught(path, data), *told
+        case Constitutional():
+            path = folder / "revised.jsonl"
+            told = _once(path, "answers were revised", lambda: revise(stage, data, sampler, seed, path))
+            return revised(path, data), *told
+    return data, Ledger(), {}
 
 
 def _held_out(model: nn.Module, held: list[Rendered], stage: ScoringStage) -> dict[str, Any]:
@@ -311,66 +307,68 @@ def _headed(load: Callable[[], Policy], ends: set[int], seed: int) -> Policy:
 def _method(job: Job, start: Policy, sampler: Sampler, world: World) -> tuple[Method, Ledger, dict[str, Any]]:
     """The stage's method, what preparing it cost, and what is worth recording of that."""
     stage, data, folder, seed = job.stage, job.data, job.folder, job.seed
-    if isinstance(stage, Sft | ContinuedPretraining | Constitutional):
-        return SftMethod(stage, data, seed), Ledger(), {}
-    if isinstance(stage, Distill):
-        if stage.mode == "sequence":
+    match stage:
+        case Sft() | ContinuedPretraining() | Constitutional() | Distill(mode="sequence"):
             return SftMethod(stage, data, seed), Ledger(), {}
-        teacher = teacher_of(start, stage)
-        return DistillMethod(stage, data, start, teacher, sampler, seed), Ledger(), {"teacher": teacher.digest()}
-    if isinstance(stage, RewardModel):
-        return RewardMethod(stage, data, seed), Ledger(), {"pairs": sum(map(len, data.rows))}
-    if isinstance(stage, ProcessRewardModel):
-        return ProcessRewardMethod(stage, data, seed), Ledger(), {"solutions": sum(map(len, data.rows))}
-    if isinstance(stage, Rl):
-        if stage.endpoint is not None:
-            renderer = Renderer(start.tokenizer, system=stage.data.system)
-            sampler = EndpointSampler(start, renderer, stage.endpoint, folder / "served")
-        if stage.environment is not None:
-            renderer = Renderer(start.tokenizer, system=stage.data.system)
-            budget = Budget(stage.environment.tokens, context=start.context)
-            sampler = EpisodeSampler(make(stage.environment), sampler, renderer, budget)
-        score = _scorer(stage, data, start, folder, world)
-        if isinstance(stage, Grpo):
-            return GrpoMethod(stage, data, start, sampler, score, seed, world), Ledger(), {}
-        ppo = PpoMethod(stage, data, start, sampler, score, seed, world)
-        if stage.critic is not None:
-            ppo.take(folder.parent / stage.critic.removeprefix(STAGE))
-        return ppo, Ledger(), {}
-    if isinstance(stage, OnlinePreference):
-        score = _scorer(stage, data, start, folder, world)
-        return OnlineMethod(stage, data, start, sampler, score, seed, world), Ledger(), {}
-    if isinstance(stage, RejectionSampling):
-        score = _scorer(stage, data, start, folder, world)
-        return RejectionMethod(stage, data, start, sampler, score, folder, seed, world), Ledger(), {}
-    if isinstance(stage, SelfRewarding):
-        return SelfRewardingMethod(stage, data, start, sampler, folder, seed, world), Ledger(), {}
-    kept, cost = folder / "judged.jsonl", folder / "judged.json"
-    if not world.gather(cost.is_file())[0]:
-        facts: dict[str, Any] = {}
-        with enough_memory("while the pairs were made", FEWER):
-            if stage.on_policy is None:
-                ledger, judged = Ledger(), judged_from_data(start, stage, data, seed)
-            else:
-                scored = _scorer(stage, data, start, folder, world)
-                judged, ledger, facts = judged_on_policy(stage, data, sampler, scored, seed)
-            judged, by = referred(start, stage, judged, world)
-        if world.rank == 0:
-            write_judged(kept, judged)
-            write_json(cost, {"ledger": asdict(ledger), "facts": facts | by})
-        world.gather(None)  # nobody reads before it is written
-    judged = read_judged(kept, len(data.rows))
-    made = json.loads(cost.read_text())
-    return PreferenceMethod(stage, data, seed, judged, start, world), Ledger(**made["ledger"]), made["facts"]
+        case Distill():
+            teacher = teacher_of(start, stage)
+            return DistillMethod(stage, data, start, teacher, sampler, seed), Ledger(), {"teacher": teacher.digest()}
+        case RewardModel():
+            return RewardMethod(stage, data, seed), Ledger(), {"pairs": sum(map(len, data.rows))}
+        case ProcessRewardModel():
+            return ProcessRewardMethod(stage, data, seed), Ledger(), {"solutions": sum(map(len, data.rows))}
+        case Preference():
+            path = folder / "judged.jsonl"
+            make_pairs = partial(_judge, job, stage, start, sampler, world, path)
+            ledger, facts = _once(path, "the pairs were made", make_pairs, world)
+            judged = read_judged(path, len(data.rows))
+            return PreferenceMethod(stage, data, seed, judged, start, world), ledger, facts
+        case SelfRewarding():
+            return SelfRewardingMethod(stage, data, start, sampler, folder, seed, world), Ledger(), {}
+    score = _scorer(stage, data, start, folder, world)
+    match stage:
+        case OnlinePreference():
+            return OnlineMethod(stage, data, start, sampler, score, seed, world), Ledger(), {}
+        case RejectionSampling():
+            return RejectionMethod(stage, data, start, sampler, score, folder, seed, world), Ledger(), {}
+    renderer = Renderer(start.tokenizer, system=stage.data.system)
+    if stage.endpoint is not None:
+        sampler = EndpointSampler(start, renderer, stage.endpoint, folder / "served")
+    if stage.environment is not None:
+        budget = Budget(stage.environment.tokens, context=start.context)
+        sampler = EpisodeSampler(make(stage.environment), sampler, renderer, budget)
+    if isinstance(stage, Grpo):
+        return GrpoMethod(stage, data, start, sampler, score, seed, world), Ledger(), {}
+    ppo = PpoMethod(stage, data, start, sampler, score, seed, world)
+    if stage.critic is not None:
+        ppo.take(folder.parent / stage.critic.removeprefix(STAGE))
+    return ppo, Ledger(), {}
+
+
+def _judge(
+    job: Job, stage: Preference, start: Policy, sampler: Sampler, world: World, path: Path
+) -> tuple[Ledger, dict[str, Any]]:
+    """Write the pairs of a preference stage with what the reference says of them."""
+    data, ledger = job.data, Ledger()
+    facts: dict[str, Any] = {}
+    if stage.on_policy is None:
+        judged = judged_from_data(start, stage, data, job.seed)
+    else:
+        score = _scorer(stage, data, start, job.folder, world)
+        judged, ledger, facts = judged_on_policy(start, stage, data, sampler, score, job.seed)
+    judged, by = referred(start, stage, judged, world)
+    if world.rank == 0:
+        write_judged(path, judged)
+    return ledger, facts | by
 
 
 def _scorer(stage: StageBase, data: Prepared, start: Policy, folder: Path, world: World = ALONE) -> Scorer:
-    rewarded = _rewarded(stage)
-    assert rewarded is not None
+    _, scored = rewarded(stage)
+    assert scored is not None
     return build(
-        [located(reward, folder.parent) for reward in rewarded.rewards],
+        [located(reward, folder.parent) for reward in scored.rewards],
         Renderer(start.tokenizer, system=stage.data.system),
-        max_unscored=rewarded.max_unscored,
+        max_unscored=scored.max_unscored,
         examples=[row.example for rows in data.rows for row in rows],
         among=partial(shared, world=world),
     )

@@ -12,13 +12,11 @@ from pydantic import ValidationError
 
 from posttrain.recipe import tree
 from posttrain.recipe.base import Block, Misfit
-from posttrain.recipe.blocks import Data, Source
+from posttrain.recipe.blocks import Data, Reference, Source
 from posttrain.recipe.document import Document
-from posttrain.recipe.preference import Preference
 from posttrain.recipe.rewards import Reward, Rewarded
 from posttrain.recipe.schema import SCHEMA_VERSION, Evals, Recipe
 from posttrain.recipe.stage import StageBase
-from posttrain.recipe.supervised import Distill
 from posttrain.records import UserError
 
 MAX_BYTES = 1_000_000
@@ -87,16 +85,13 @@ def resolved(recipe: Recipe, base: Path) -> Recipe:
 
     def in_stage(stage: StageBase) -> StageBase:
         update: dict[str, Any] = {"data": in_data(stage.data)}
-        if isinstance(stage, Preference) and stage.reference and _is_path(stage.reference.source, base):
-            source = absolute(stage.reference.source)
-            update["reference"] = stage.reference.model_copy(update={"source": source})
-        if isinstance(stage, Distill) and _is_path(stage.teacher.source, base):
-            update["teacher"] = stage.teacher.model_copy(update={"source": absolute(stage.teacher.source)})
+        for name, block in stage:
+            if isinstance(block, Reference) and _is_path(block.source, base):
+                update[name] = block.model_copy(update={"source": absolute(block.source)})
+            elif isinstance(block, Rewarded):
+                update[name] = block.model_copy(update={"rewards": in_rewards(block)})
         if isinstance(stage, Rewarded):
             update["rewards"] = in_rewards(stage)
-        for name in ("on_policy", "rollouts"):
-            if isinstance(own := getattr(stage, name, None), Rewarded):
-                update[name] = own.model_copy(update={"rewards": in_rewards(own)})
         return stage.model_copy(update=update)
 
     def in_evals(evals: Evals) -> Evals:
@@ -228,10 +223,8 @@ def _problem(item: Any, path: tree.Path, data: Any) -> tuple[tree.Path, str] | N
             return (*path, "kind"), f"missing; it takes {tree.listed(kinds)}"
         case "union_tag_invalid":
             tag = item["ctx"]["tag"]
-            return (
-                *path,
-                "kind",
-            ), f"unknown kind {tag!r}{tree.did_you_mean(tag, kinds)}; it takes {tree.listed(kinds)}"
+            what = f"unknown kind {tag!r}{tree.did_you_mean(tag, kinds)}; it takes {tree.listed(kinds)}"
+            return (*path, "kind"), what
         case "extra_forbidden":
             return path, f"unknown key{_nearby(str(path[-1]), tree.at(data, path[:-1])[1])}"
         case "too_short" if len(item["input"]) >= item["ctx"]["min_length"]:

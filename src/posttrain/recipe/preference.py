@@ -10,7 +10,7 @@ from posttrain.recipe.base import Misfit
 from posttrain.recipe.blocks import GREEDY_GROUP, Optim, Reference, Sampling
 from posttrain.recipe.objectives import OBJECTIVES, PARAMETERS, Divergence, Loss
 from posttrain.recipe.rewards import Rewarded
-from posttrain.recipe.stage import StageBase
+from posttrain.recipe.stage import Rounds, SamplingStage, StageBase
 
 
 class PairSampling(Rewarded, Sampling):
@@ -103,15 +103,11 @@ class Preference(StageBase):
         return {name: getattr(self, name) for name in OBJECTIVES[self.loss].parameters(self.divergence)}
 
 
-class OnlinePreference(Rewarded, StageBase):
+class OnlinePreference(Rewarded, SamplingStage):
     """Learn preferences between answers that are sampled while training goes on and compared by `rewards`: online DPO
     (Guo et al., 2402.04792), Nash-MD (Munos et al., 2312.00886), XPO (Xie et al., 2405.21046)."""
 
     kind: Literal["online_preference"] = Field(description="The method.")
-    optim: Optim = Field(
-        default_factory=lambda: Optim(lr=5e-5, schedule="constant"), description="Optimiser and its schedule."
-    )
-    sampling: Sampling = Field(default_factory=lambda: Sampling(), description="How completions are drawn.")
     loss: Literal["dpo", "ipo", "nash_md", "xpo"] = Field("dpo", description="What is minimised.")
     n: int = Field(2, ge=2, description="Completions per prompt, a best and a worst of which are a pair (dpo, ipo).")
     beta: float = Field(0.1, gt=0, description="Strength of the pull towards the reference.")
@@ -144,27 +140,18 @@ class Judging(Sampling):
     n: int = Field(3, ge=1, description="Judgements of each answer, whose grades are averaged.")
     max_new_tokens: int = Field(256, ge=1, description="Longest judgement, in tokens.")
     rubric: str | None = Field(
-        None, description="What earns an answer its points, 0 to 5; null: the five that add up in the paper."
+        None,
+        min_length=1,
+        description="What earns an answer its points, 0 to 5; null: the five that add up in the paper.",
     )
 
 
-class SelfRewarding(StageBase):
+class SelfRewarding(Rounds):
     """The model grades its own answers and learns by DPO to prefer what it finds better, in rounds (Self-Rewarding,
     Yuan et al., 2401.10020); with `meta_judge` it learns to judge, too (Meta-Rewarding, Wu et al., 2407.19594)."""
 
     kind: Literal["self_rewarding"] = Field(description="The method.")
-    optim: Optim = Field(
-        default_factory=lambda: Optim(lr=5e-5, schedule="constant"), description="Optimiser and its schedule."
-    )
-    sampling: Sampling = Field(default_factory=lambda: Sampling(), description="How answers are drawn.")
-    prompts: int = Field(ge=1, description="How many prompts to answer in each round.")
     n: int = Field(4, ge=2, description="Answers to each, a best and a worst of which are a pair.")
-    rounds: int = Field(
-        1,
-        ge=1,
-        description="How often it answers and judges, with the weights of then, which are also the reference of what "
-        "is learned from that; rounds have equal shares of steps.",
-    )
     judging: Judging = Field(default_factory=lambda: Judging(), description="How answers are graded.")
     meta_judge: bool = Field(
         False,
@@ -184,15 +171,10 @@ class SelfRewarding(StageBase):
         le=1,
         description="Share of a round's answers of which no grade may be readable before the run stops.",
     )
-    beta: float = Field(0.1, gt=0, description="Strength of the pull towards the round's first weights.")
+    beta: float = Field(0.1, gt=0, description="Strength of the pull towards the round's first weights, its reference.")
     nll_weight: float = Field(
         0.0, ge=0, description="Weight of the preferred text's per-token NLL; guards its probability."
     )
-
-    @property
-    def round_steps(self) -> int:
-        """Optimiser steps of a round."""
-        return self.steps // self.rounds
 
     @property
     def learning(self) -> Preference:
@@ -202,7 +184,7 @@ class SelfRewarding(StageBase):
         return Preference.model_validate(shared | own)
 
     @model_validator(mode="after")
-    def _rounds_fit(self) -> SelfRewarding:
+    def _judges(self) -> SelfRewarding:
         problems: list[tuple[tuple[str | int, ...], str]] = []
         if self.sampling.temperature == 0:
             problems.append((("sampling", "temperature"), GREEDY_GROUP))
@@ -211,8 +193,6 @@ class SelfRewarding(StageBase):
             problems.append((("judging", "n"), what))
         if self.meta_judge and self.judging.n == 1:
             problems.append((("judging", "n"), "must be at least 2 where judgements are compared (meta_judge)"))
-        if self.steps % self.rounds:
-            problems.append((("rounds",), f"{self.steps} steps cannot be shared out evenly among {self.rounds} rounds"))
         if problems:
             raise Misfit(*problems)
         return self

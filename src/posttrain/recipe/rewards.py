@@ -125,15 +125,16 @@ class ModelReward(RewardBase):
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
 
 
+Aggregate = Literal["min", "product", "last", "mean"]
+
+
 class ProcessReward(RewardBase):
     """The chance that an answer's steps are good, by a process reward model, made one number."""
 
     kind: Literal["process"] = Field(description="The reward.")
     source: str = Field(description="The artifact of a process_reward_model stage, or stage:ID.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
-    aggregate: Literal["min", "product", "last", "mean"] = Field(
-        "min", description="What is made of the steps' chances."
-    )
+    aggregate: Aggregate = Field("min", description="What is made of the steps' chances.")
     separator: str = Field("\n", min_length=1, description="What stands between two steps, as in the model's training.")
 
 
@@ -144,7 +145,7 @@ class JudgeReward(RewardBase):
     source: str = Field(description=f"The model that judges. {SOURCE}")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
     rubric: str | None = Field(
-        None, description="What a good answer is, or principles it keeps to; null: a general one."
+        None, min_length=1, description="What a good answer is, or principles it keeps to; null: a general one."
     )
     compare: bool = Field(
         False, description="Set each answer against every other to its prompt, in both orders, in place of a grade."
@@ -186,12 +187,15 @@ class MajorityReward(RewardBase):
     )
 
 
+How = Literal["mean", "worst", "penalised"]
+
+
 class EnsembleReward(RewardBase):
     """Several rewards taken for one, against errors that they do not share (Coste et al., 2310.02743)."""
 
     kind: Literal["ensemble"] = Field(description="The reward.")
     of: tuple[str, ...] = Field(min_length=2, description="Names of its members, which count through it alone.")
-    how: Literal["mean", "worst", "penalised"] = Field(
+    how: How = Field(
         "mean", description="Their mean, the lowest, or the mean less `penalty` times their standard deviation."
     )
     penalty: float = Field(1.0, ge=0, description="What disagreement costs where `how` is penalised.")
@@ -230,7 +234,7 @@ class Rewarded(Block):
         ge=0,
         le=1,
         description="Share of a batch's answers that may be impossible to score before the run stops; those are left "
-        "out, never taken for 0.",
+        "out, never taken for 0. A batch in which none has a score always stops it.",
     )
 
     @model_validator(mode="after")

@@ -7,9 +7,9 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from posttrain.recipe.base import Block, Misfit
-from posttrain.recipe.blocks import GREEDY_GROUP, Optim, Sampling
+from posttrain.recipe.blocks import GREEDY_GROUP, Sampling
 from posttrain.recipe.rewards import Rewarded
-from posttrain.recipe.stage import StageBase
+from posttrain.recipe.stage import Rounds, SamplingStage
 
 
 class Endpoint(Block):
@@ -45,13 +45,10 @@ class ToolsEnvironment(Block):
         return self
 
 
-class Rl(Rewarded, StageBase):
-    """What every stage has that learns from its own samples."""
+class Rl(Rewarded, SamplingStage):
+    """What every stage has that follows the gradient of its rewards."""
 
-    optim: Optim = Field(
-        default_factory=lambda: Optim(lr=5e-5, schedule="constant"), description="Optimiser and its schedule."
-    )
-    sampling: Sampling = Field(default_factory=lambda: Sampling(), description="How completions are drawn.")
+    n: int = Field(1, ge=1, description="Completions per prompt.")
     iterations: int = Field(1, ge=1, description="How often each batch of rollouts is gone through.")
     minibatches: int = Field(
         1, ge=1, description="Optimiser steps in which it is gone through each time, each on a part of its completions."
@@ -123,20 +120,12 @@ class Rl(Rewarded, StageBase):
 HINT = "{answer}"
 
 
-class RejectionSampling(Rewarded, StageBase):
+class RejectionSampling(Rewarded, Rounds):
     """Sample, keep what is right, learn it as if it stood in the data: RFT (Yuan et al., 2308.01825) in one round,
     expert iteration (ReST, 2308.08998; ReST-EM, 2312.06585) in several, STaR (2203.14465) with a hint."""
 
     kind: Literal["rejection_sampling"] = Field(description="The method.")
-    optim: Optim = Field(
-        default_factory=lambda: Optim(lr=5e-5, schedule="constant"), description="Optimiser and its schedule."
-    )
-    sampling: Sampling = Field(default_factory=lambda: Sampling(), description="How completions are drawn.")
-    prompts: int = Field(ge=1, description="How many prompts to sample for in each round.")
     n: int = Field(8, ge=1, description="Completions per prompt.")
-    rounds: int = Field(
-        1, ge=1, description="How often it is sampled, with the weights of then; rounds have equal shares of steps."
-    )
     at_least: float = Field(1.0, description="A completion is kept that earns this or more, and that came to its end.")
     most: int | None = Field(
         None, ge=1, description="Most completions kept of one prompt in a round, different ones (ReST-EM: 10)."
@@ -147,18 +136,11 @@ class RejectionSampling(Rewarded, StageBase):
         "answer; what is kept then is learned without it (STaR's rationalisation).",
     )
 
-    @property
-    def round_steps(self) -> int:
-        """Optimiser steps of a round."""
-        return self.steps // self.rounds
-
     @model_validator(mode="after")
-    def _rounds_fit(self) -> RejectionSampling:
+    def _answers_fit(self) -> RejectionSampling:
         problems: list[tuple[tuple[str | int, ...], str]] = []
         if self.sampling.temperature == 0 and self.n > 1:
             problems.append((("n",), "must be 1 at temperature 0, where the completions of a prompt are all the same"))
-        if self.steps % self.rounds:
-            problems.append((("rounds",), f"{self.steps} steps cannot be shared out evenly among {self.rounds} rounds"))
         if self.hint is not None and HINT not in self.hint:
             problems.append((("hint",), f"does not say where the answer stands: write {HINT} there"))
         if problems:
@@ -285,7 +267,6 @@ class Ppo(Rl):
     head on the policy's own hidden states."""
 
     kind: Literal["ppo"] = Field(description="The method.")
-    n: int = Field(1, ge=1, description="Completions per prompt.")
     iterations: int = Field(4, ge=1, description="How often each batch of rollouts is gone through.")
     gamma: float = Field(1.0, gt=0, le=1, description="Discount of a token's reward for each token before it.")
     gae_lambda: float = Field(

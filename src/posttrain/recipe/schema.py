@@ -12,9 +12,9 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from posttrain.recipe.base import Block, Misfit
-from posttrain.recipe.blocks import Model, Source
+from posttrain.recipe.blocks import Model, Reference, Source
 from posttrain.recipe.preference import OnlinePreference, Preference, SelfRewarding
-from posttrain.recipe.rewards import STAGE, Reward, Rewarded
+from posttrain.recipe.rewards import STAGE, Rewarded
 from posttrain.recipe.rl import Grpo, Ppo, RejectionSampling
 from posttrain.recipe.scoring import ProcessRewardModel, RewardModel, ScoringStage
 from posttrain.recipe.stage import StageBase
@@ -40,27 +40,40 @@ Stage = Annotated[
 ]
 
 
-def _rewards(stage: StageBase) -> Iterator[tuple[tuple[str | int, ...], Reward]]:
-    """Every reward that the stage names, and where."""
-    for path in ((), ("on_policy",), ("rollouts",)):
-        block = getattr(stage, path[0], None) if path else stage
-        if isinstance(block, Rewarded):
-            yield from (((*path, "rewards", i), reward) for i, reward in enumerate(block.rewards))
+def rewarded(stage: StageBase) -> tuple[tuple[str, ...], Rewarded | None]:
+    """The block that says what sampled answers are worth, with its key; without one where it is the stage itself."""
+    if isinstance(stage, Rewarded):
+        return (), stage
+    return next((((name,), block) for name, block in stage if isinstance(block, Rewarded)), ((), None))
+
+
+def _models(stage: StageBase) -> Iterator[tuple[tuple[str | int, ...], str, str | None]]:
+    """Every model and critic that the stage names: where, what, and the kind of stage that may have made it, if any."""
+    if isinstance(stage, Ppo) and stage.critic:
+        yield ("critic",), stage.critic, stage.kind
+    for name, block in stage:
+        if isinstance(block, Reference):
+            yield (name, "source"), block.source, None
+    path, scored = rewarded(stage)
+    for i, reward in enumerate(scored.rewards if scored else ()):
+        for key in ("source", "reference"):
+            if source := getattr(reward, key, None):
+                yield (*path, "rewards", i, key), source, SCORED_BY.get(reward.kind)
 
 
 SCORED_BY = {"model": "reward_model", "process": "process_reward_model"}
 """The kind of stage that makes the model of a reward."""
 
 
-def _no_stage(reward: Reward, earlier: Sequence[Stage]) -> str:
-    """Why the stage that `reward` names cannot score for it; empty where it can, or none is named."""
-    source = getattr(reward, "source", "")
+def _no_stage(source: str, kind: str | None, earlier: Sequence[Stage]) -> str:
+    """Why no stage of this `kind` is named by `source`; empty where one is, or `source` names none."""
     if not source.startswith(STAGE):
         return ""
-    name, kind = source.removeprefix(STAGE), SCORED_BY.get(reward.kind)
     if kind is None:
-        return f"only the rewards {' and '.join(SCORED_BY)} take {STAGE}ID; name the artifact of a run that is finished"
+        only = f"only the rewards {' and '.join(SCORED_BY)} take {STAGE}ID"
+        return f"{only}; name a model, or the artifact of a run that is finished (RUN/stages/ID/artifact)"
     there = [stage.id for stage in earlier if stage.kind == kind]
+    name = source.removeprefix(STAGE)
     if name in there:
         return ""
     return f"{name!r} is no earlier stage of kind {kind} (there are: {', '.join(there) or 'none'})"
@@ -137,14 +150,9 @@ class Recipe(Block):
                 there = ", ".join(writers)
                 what = f"{start!r} is a reward model, which writes no text; start from another one (there are: {there})"
                 problems.append((("stages", i, "from"), what))
-            for path, reward in _rewards(stage):
-                if what := _no_stage(reward, self.stages[:i]):
-                    problems.append((("stages", i, *path, "source"), what))
-            if isinstance(stage, Ppo) and stage.critic is not None:
-                critics = [earlier.id for earlier in self.stages[:i] if isinstance(earlier, Ppo)]
-                if (name := stage.critic.removeprefix(STAGE)) not in critics:
-                    what = f"{name!r} is no earlier ppo stage (there are: {', '.join(critics) or 'none'})"
-                    problems.append((("stages", i, "critic"), what))
+            for path, source, kind in _models(stage):
+                if what := _no_stage(source, kind, self.stages[:i]):
+                    problems.append((("stages", i, *path), what))
             stages.append(stage.id)
             if not isinstance(stage, ScoringStage):
                 writers.append(stage.id)

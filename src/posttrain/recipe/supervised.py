@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -111,4 +112,6 @@ class Constitutional(StageBase):
     def _has_principles(self) -> Constitutional:
         if not self.principles:
             raise Misfit((("constitution",), "holds no principle; write one on each line"))
+        if re.fullmatch(r"\S+\.\w+|.+\.txt", only := self.constitution.strip()):
+            raise Misfit((("constitution",), f"names a file, {only}; write the principles here, one on each line"))
         return self

@@ -91,7 +91,8 @@ def takes(field: FieldInfo) -> str:
         for m in field.metadata
         if (value := getattr(m, attribute, None)) is not None
     ]
-    limits += [f"at least {m.min_length} entry" for m in field.metadata if getattr(m, "min_length", None)]
+    least = "not empty" if str in parts else "at least {} entry"
+    limits += [least.format(m.min_length) for m in field.metadata if getattr(m, "min_length", None)]
     limits += [f"pattern `{m.pattern}`" for m in field.metadata if getattr(m, "pattern", None)]
     return text + (f", {' and '.join(limits)}" if limits else "") + (", or null" if nullable else "")
 

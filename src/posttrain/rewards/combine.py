@@ -5,12 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
+from posttrain.recipe.rewards import EnsembleReward, How
 from posttrain.records import Rollout, Score
 from posttrain.rewards.protocol import Scorer, guarded, spent
-
-How = Literal["mean", "worst", "penalised"]
 
 
 @dataclass(frozen=True)
@@ -22,18 +20,6 @@ class Part:
     weight: float = 1.0
     gate: float | None = None
     """An answer that scores below it earns at most 0 altogether."""
-
-
-@dataclass(frozen=True)
-class Ensemble:
-    """A term made of others, by their names."""
-
-    name: str
-    of: tuple[str, ...]
-    how: How
-    penalty: float = 1.0
-    weight: float = 1.0
-    gate: float | None = None
 
 
 def ensemble(values: Sequence[float], how: How, penalty: float = 1.0) -> float:
@@ -49,14 +35,14 @@ def ensemble(values: Sequence[float], how: How, penalty: float = 1.0) -> float:
     return mean if how == "mean" else mean - penalty * statistics.pstdev(values)
 
 
-def combined(parts: Sequence[Part], ensembles: Sequence[Ensemble] = ()) -> Scorer:
+def combined(parts: Sequence[Part], ensembles: Sequence[EnsembleReward] = ()) -> Scorer:
     """sum_k weight_k value_k, at most 0 where a gate is not passed. Where there are several, `Score.parts` keeps each.
 
     Parts that an ensemble is made of count through it alone. One part without a value leaves the answer without one,
     unless nothing depends on it (weight 0, no gate). The first part that has one says how an answer was read and
     whether it is right; a gate that is not passed makes it wrong.
     """
-    terms: list[Part | Ensemble] = [*parts, *ensembles]
+    terms: list[Part | EnsembleReward] = [*parts, *ensembles]
     inside = {name for group in ensembles for name in group.of}
 
     def score(rollouts: Sequence[Rollout]) -> list[Score]:

@@ -27,17 +27,20 @@ def implicit_scorer(
     Raises:
         UserError: the two have different tokenizers, or cannot read these answers (see `Rows`).
     """
+    check_tokens(policy, reference)
+    asked = [reader(model, partial(token_logprobs, model.model), tokens, logits=True) for model in (policy, reference)]
+
+    def ratios(rows: Sequence[Row], costs: list[Ledger]) -> list[list[float]]:
+        ours, theirs = (ask(rows, costs) for ask in asked)
+        return [[beta * (p - q) for p, q in zip(*row, strict=True)] for row in zip(ours, theirs, strict=True)]
+
+    return by_rows(Rows(policy, renderer, None, ended=False), ratios, lambda values: graded(sum(values), 0.0))
+
+
+def check_tokens(policy: Policy, reference: Policy) -> None:
+    """Raises UserError where the two have different tokenizers, for a log-ratio is of the same tokens."""
     if not same_tokens(policy.tokenizer, reference.tokenizer):
         raise UserError(
             f"{policy.source} and {reference.source}: have different tokenizers, so their log-probabilities are of "
             "different tokens; name a model and the one it was trained from"
         )
-
-    asked = [reader(model, partial(token_logprobs, model.model), tokens, logits=True) for model in (policy, reference)]
-
-    def ratios(rows: Sequence[Row]) -> tuple[list[list[float]], Ledger]:
-        (ours, cost), (theirs, other) = (ask(rows) for ask in asked)
-        apart = [[beta * (p - q) for p, q in zip(*row, strict=True)] for row in zip(ours, theirs, strict=True)]
-        return apart, cost + other
-
-    return by_rows(Rows(policy, renderer, None, ended=False), ratios, lambda values: graded(sum(values), 0.0))

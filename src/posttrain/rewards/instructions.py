@@ -21,6 +21,8 @@ Settings = Mapping[str, Any]
 
 
 class Check(NamedTuple):
+    """An instruction as a predicate, with an example on either side by which it is proven."""
+
     holds: Callable[..., bool]
     """The answer, then the settings by name."""
     good: Callable[..., str]
@@ -123,7 +125,7 @@ def is_json(text: str) -> bool:
     return True
 
 
-def compared(count: int, relation: str, limit: int) -> bool:
+def relation_holds(count: int, relation: str, limit: int) -> bool:
     if relation not in ("at least", "less than"):
         raise ValueError(f"relation {relation!r}; it is `at least` or `less than`")
     return count >= limit if relation == "at least" else count < limit
@@ -185,7 +187,7 @@ CHECKS: dict[str, Check] = {
         lambda keywords: "?",
     ),
     "keywords:frequency": Check(
-        lambda text, keyword, frequency, relation: compared(occurrences(text, keyword), relation, frequency),
+        lambda text, keyword, frequency, relation: relation_holds(occurrences(text, keyword), relation, frequency),
         lambda keyword, frequency, relation: _count(relation, frequency, keyword) or "?",
         lambda keyword, frequency, relation: _miscount(relation, frequency, keyword),
     ),
@@ -195,19 +197,19 @@ CHECKS: dict[str, Check] = {
         lambda forbidden_words: f"So {forbidden_words[0]}.",
     ),
     "keywords:letter_frequency": Check(
-        lambda text, letter, let_frequency, let_relation: compared(
+        lambda text, letter, let_frequency, let_relation: relation_holds(
             occurrences(text, letter), let_relation, let_frequency
         ),
         lambda letter, let_frequency, let_relation: _count(let_relation, let_frequency, letter) or "?",
         lambda letter, let_frequency, let_relation: _miscount(let_relation, let_frequency, letter),
     ),
     "length_constraints:number_words": Check(
-        lambda text, num_words, relation: compared(len(words(text)), relation, num_words),
+        lambda text, num_words, relation: relation_holds(len(words(text)), relation, num_words),
         lambda num_words, relation: _count(relation, num_words, "word"),
         lambda num_words, relation: _miscount(relation, num_words, "word"),
     ),
     "length_constraints:number_sentences": Check(
-        lambda text, num_sentences, relation: compared(len(sentences(text)), relation, num_sentences),
+        lambda text, num_sentences, relation: relation_holds(len(sentences(text)), relation, num_sentences),
         lambda num_sentences, relation: _count(relation, num_sentences, "It is so."),
         lambda num_sentences, relation: _miscount(relation, num_sentences, "It is so."),
     ),
@@ -268,7 +270,7 @@ CHECKS: dict[str, Check] = {
     ),
     "startend:quotation": Check(quoted, lambda: '"So."', lambda: '"So.'),
     "change_case:capital_word_frequency": Check(
-        lambda text, capital_frequency, capital_relation: compared(
+        lambda text, capital_frequency, capital_relation: relation_holds(
             sum(word.isupper() for word in words(text)), capital_relation, capital_frequency
         ),
         lambda capital_frequency, capital_relation: _count(capital_relation, capital_frequency, "WORD") or "?",

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from posttrain.data.chat import Renderer
-from posttrain.models.policy import Policy, load
-from posttrain.models.reward import headed
+from posttrain.models.policy import Policy, load, outline
+from posttrain.models.reward import headed, load_reward_model
 from posttrain.models.source import resolve
 from posttrain.recipe.blocks import Sampling
 from posttrain.recipe.rewards import STAGE, ImplicitReward, JudgeReward, ModelReward, ProcessReward, Reward
-from posttrain.rewards.implicit import implicit_scorer
+from posttrain.rewards.implicit import check_tokens, implicit_scorer
 from posttrain.rewards.judge import RUBRIC, Judge, PairJudge, tournament
 from posttrain.rewards.model import model_scorer
 from posttrain.rewards.process import process_scorer
@@ -30,17 +30,11 @@ def learned(reward: Learned, renderer: Renderer, device: str = "auto") -> Scorer
     def model(source: str, revision: str | None = None) -> Policy:
         return load(source, revision=revision, device=device)
 
-    if isinstance(reward, ModelReward):
-        return model_scorer(reward.source, renderer, revision=reward.revision, device=device)
-    if isinstance(reward, ProcessReward):
-        return process_scorer(
-            reward.source,
-            renderer,
-            aggregate=reward.aggregate,
-            separator=reward.separator,
-            revision=reward.revision,
-            device=device,
-        )
+    if isinstance(reward, ModelReward | ProcessReward):
+        scoring = load_reward_model(reward.source, revision=reward.revision, device=device)
+        if isinstance(reward, ModelReward):
+            return model_scorer(scoring, renderer)
+        return process_scorer(scoring, renderer, aggregate=reward.aggregate, separator=reward.separator)
     if isinstance(reward, ImplicitReward):
         return implicit_scorer(model(reward.source), model(reward.reference), renderer, beta=reward.beta)
     judge = model(reward.source, reward.revision)
@@ -62,7 +56,7 @@ def check(reward: Learned) -> None:
     """Refuse what can be told before any weights are read.
 
     Raises:
-        UserError: a model is not there, or has no head that scores.
+        UserError: a model is not there, has no head that scores, or has other tokens than its reference.
     """
     if isinstance(reward, ModelReward | ProcessReward):
         if not reward.source.startswith(STAGE):  # else it is not trained yet
@@ -70,5 +64,4 @@ def check(reward: Learned) -> None:
     elif isinstance(reward, JudgeReward):
         resolve(reward.source, reward.revision)
     else:
-        resolve(reward.source)
-        resolve(reward.reference)
+        check_tokens(outline(reward.source), outline(reward.reference))

@@ -7,7 +7,7 @@ import re
 from posttrain.recipe.rewards import ExactReward, RegexReward
 from posttrain.records import Example, Score, UserError
 from posttrain.rewards.protocol import Cases, Rule
-from posttrain.rewards.prove import compared, nonsense
+from posttrain.rewards.prove import nonsense, reference_cases
 from posttrain.rewards.text import MAX_ANSWER, broken, extract
 
 
@@ -25,7 +25,7 @@ def exact(reward: ExactReward) -> Rule:
             return Score(1.0, "correct", answer)
         return Score(0.0, "wrong", answer[:MAX_ANSWER], "not the reference answer")
 
-    return Rule(score, compared, lacks=no_reference, where="here")
+    return Rule(score, reference_cases, lacks=no_reference, where="here")
 
 
 def regex(reward: RegexReward) -> Rule:
@@ -53,4 +53,5 @@ def regex(reward: RegexReward) -> Rule:
 
 
 def no_reference(example: Example) -> str:
+    """`Rule.lacks` of a rule that compares with the reference answer."""
     return "" if example.answer and example.answer.strip() else "it has no reference answer"

@@ -10,7 +10,7 @@ from posttrain.recipe.rewards import MathReward
 from posttrain.records import Example, Score, UserError
 from posttrain.rewards.match import no_reference
 from posttrain.rewards.protocol import Cases, Rule
-from posttrain.rewards.prove import compared
+from posttrain.rewards.prove import reference_cases
 from posttrain.rewards.text import NUMBER, extract
 
 MAX_EXPRESSION = 500
@@ -71,7 +71,7 @@ def cases(example: Example) -> Cases:
     """Those of an answer that is compared, but for what is right in mathematics: to leave the unit out, or to name the
     members of a set twice."""
     gold = example.answer or ""
-    found = compared(example)
+    found = reference_cases(example)
     wrong = {what: text for what, text in found.wrong.items() if _UNIT.sub("", text) != _UNIT.sub("", gold)}
     if "," in gold:
         wrong.pop("the answer twice", None)

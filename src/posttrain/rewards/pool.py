@@ -50,6 +50,7 @@ class Pool:
 
 @functools.cache
 def pool() -> Pool:
+    """That of this process."""
     return Pool()
 
 

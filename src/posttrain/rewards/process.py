@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from statistics import fmean
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -15,15 +15,15 @@ from posttrain.data.chat import Renderer
 from posttrain.data.steps import SEPARATOR, split_steps, step_ends
 from posttrain.forest import Forest
 from posttrain.models.policy import Policy
-from posttrain.models.reward import load_reward_model, marked
+from posttrain.models.reward import marked
 from posttrain.recipe.blocks import Sampling
+from posttrain.recipe.rewards import Aggregate
 from posttrain.records import Example, Ledger, Rollout, Score
 from posttrain.rewards.protocol import Scorer, spent
 from posttrain.rewards.rows import TOKENS, Rows, by_rows, graded, reader
 from posttrain.sampling.protocol import Sampler, completion_text
 
 T = TypeVar("T")
-Aggregate = Literal["min", "product", "last", "mean"]
 AGGREGATES: dict[Aggregate, Callable[[Sequence[float]], float]] = {
     "min": min,  # a chain is as good as its weakest step: Math-Shepherd (2312.08935)
     "product": math.prod,  # that all steps are good, if they were independent: Lightman et al. (2305.20050)
@@ -33,28 +33,14 @@ AGGREGATES: dict[Aggregate, Callable[[Sequence[float]], float]] = {
 
 
 def process_scorer(
-    source: str,
-    renderer: Renderer,
-    *,
-    aggregate: Aggregate = "min",
-    separator: str = SEPARATOR,
-    revision: str | None = None,
-    device: str = "auto",
-) -> Scorer:
-    """A scorer by the process reward model that `source` names, of answers by the model whose renderer is given.
-
-    Raises:
-        UserError: the model cannot be had or has no head that scores, or cannot read these answers (see `Rows`).
-    """
-    model = load_reward_model(source, revision=revision, device=device)
-    return scored_by_steps(model, renderer, aggregate=aggregate, separator=separator)
-
-
-def scored_by_steps(
     model: Policy, renderer: Renderer, *, aggregate: Aggregate = "min", separator: str = SEPARATOR, tokens: int = TOKENS
 ) -> Scorer:
-    """A scorer by a loaded process reward model: the chance that a step is good at the token that ends it, over the
-    steps by `aggregate`, from 0 to 1. Steps are told apart as in training (data/steps.py); a blank answer is worth 0.
+    """A scorer by a process reward model, of answers by the model whose renderer is given: the chance that a step is
+    good at the token that ends it, over the steps by `aggregate`, from 0 to 1. Steps are told apart as in training
+    (data/steps.py); a blank answer is worth 0.
+
+    Raises:
+        UserError: it cannot read these answers (see `Rows`).
     """
     decode = Renderer(model.tokenizer).decode
 

@@ -46,7 +46,12 @@ def judged(rule: Rule, example: Example, text: str) -> Score:
     except UserError:
         raise
     except Exception as error:  # a rule may raise anything on what a model writes
-        return Score(None, "error", why=f"{type(error).__name__}: {error}")
+        return broke(error)
+
+
+def broke(error: Exception) -> Score:
+    """Of an answer on which a reward raised: no value, and the cause."""
+    return Score(None, "error", why=f"{type(error).__name__}: {error}")
 
 
 def finite(score: Score) -> Score:
@@ -72,7 +77,7 @@ def guarded(score: Scorer) -> Scorer:
         except (UserError, Failure):
             raise
         except Exception as error:  # learned rewards and those of users may raise anything
-            scores = [Score(None, "error", why=f"{type(error).__name__}: {error}")] * len(rollouts)
+            scores = [broke(error)] * len(rollouts)
         if len(scores) != len(rollouts):
             raise Failure(f"a reward gave {len(scores)} scores for {len(rollouts)} answers; it must give one for each")
         return [finite(found) for found in scores]
@@ -81,11 +86,7 @@ def guarded(score: Scorer) -> Scorer:
 
 
 def limited(score: Scorer, max_unscored: float) -> Scorer:
-    """`score`, which stops the run where more than the share `max_unscored` of a batch has none.
-
-    Raises:
-        Failure: so it is; names the most frequent causes.
-    """
+    """`score`, which stops the run where too much of a batch has no score (`check_scored`)."""
 
     def scored(rollouts: Sequence[Rollout]) -> list[Score]:
         scores = score(rollouts)
@@ -96,18 +97,20 @@ def limited(score: Scorer, max_unscored: float) -> Scorer:
 
 
 def check_scored(scores: Sequence[Score], max_unscored: float) -> None:
-    """Refuse a batch of which more than the share `max_unscored` has no score.
+    """Refuse a batch of which more than the share `max_unscored` has no score, or all of it whatever the share.
 
     Raises:
         Failure: so it is; names the most frequent causes.
     """
     causes = Counter(found.why for found in scores if found.value is None)
-    if causes.total() > max_unscored * len(scores):
-        listed = "\n  ".join(f"{n} x {why}" for why, n in causes.most_common(3))
-        raise Failure(
-            f"{causes.total()} of {len(scores)} answers could not be scored, more than max_unscored "
-            f"({max_unscored:.0%}) allows; mend the reward, or raise max_unscored. Most often:\n  {listed}"
-        )
+    if not causes or (causes.total() < len(scores) and causes.total() <= max_unscored * len(scores)):
+        return
+    if causes.total() == len(scores):
+        what = "so there is nothing to learn from; mend the reward, or have more answers scored at a time"
+    else:
+        what = f"more than max_unscored ({max_unscored:.0%}) allows; mend the reward, or raise max_unscored"
+    listed = "\n  ".join(f"{n} x {why}" for why, n in causes.most_common(3))
+    raise Failure(f"{causes.total()} of {len(scores)} answers could not be scored, {what}. Most often:\n  {listed}")
 
 
 def charged(scores: Sequence[Score], cost: Ledger) -> list[Score]:

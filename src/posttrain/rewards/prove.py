@@ -40,7 +40,7 @@ def prove(rule: Rule, examples: Sequence[Example], score: Callable[[Example, str
     return failures if rule.form else failures + _constants(golds, score)
 
 
-def compared(example: Example) -> Cases:
+def reference_cases(example: Example) -> Cases:
     """The cases of a rule that compares an answer with the example's reference answer."""
     gold = example.answer
     if gold is None:
@@ -52,6 +52,7 @@ def compared(example: Example) -> Cases:
 
 
 def wrong(example: Example, gold: str) -> dict[str, str]:
+    """What is near the answer `gold`, or holds it, and is not it; and what is nothing at all."""
     return nonsense(example) | {
         "the answer's beginning": gold[:3],
         "half of the answer": gold[: len(gold) // 2],

@@ -17,13 +17,13 @@ from posttrain.models.cost import forward_flops_per_token
 from posttrain.models.policy import Policy
 from posttrain.models.reward import read
 from posttrain.models.template import end_of_turn
-from posttrain.records import Ledger, Rollout, Score, UserError
-from posttrain.rewards.protocol import Scorer, charged
+from posttrain.records import Failure, Ledger, Rollout, Score, UserError
+from posttrain.rewards.protocol import Scorer, broke, charged
 
 TOKENS = 4096
 """Of one forward pass, where nothing is kept for a gradient."""
-Reader = Callable[[Sequence[Row]], tuple[list[list[float]], Ledger]]
-"""Gives for each row what a model says at its target tokens, and what reading them all cost."""
+Reader = Callable[[Sequence[Row], list[Ledger]], list[list[float]]]
+"""Gives for each row what a model says at its target tokens, and adds to the list what each pass has cost."""
 
 
 def same_tokens(a: Any, b: Any) -> bool:
@@ -87,36 +87,45 @@ def last(ids: Sequence[int]) -> list[bool]:
 def reader(model: Policy, compute: Callable[[Forest], Tensor], budget: int, *, logits: bool = False) -> Reader:
     """`models.reward.read`, with its cost; `logits` says whether `compute` makes those of target tokens."""
 
-    def reads(rows: Sequence[Row]) -> tuple[list[list[float]], Ledger]:
-        began, cost = time.perf_counter(), Ledger()
+    def reads(rows: Sequence[Row], costs: list[Ledger]) -> list[list[float]]:
+        began = time.perf_counter()
 
         def counted(forest: Forest) -> Tensor:
-            nonlocal cost
+            values_T = compute(forest)
             context, targets = int(forest.position_T.max()) + 1, int(forest.target_T.sum()) if logits else 0
             each = forward_flops_per_token(model.model.config, context, targets / len(forest))
-            cost += Ledger(reward_tokens=len(forest), flops=each * len(forest))
-            return compute(forest)
+            costs.append(Ledger(reward_tokens=len(forest), flops=each * len(forest)))
+            return values_T
 
-        values = read(counted, rows, budget)
-        return values, cost + Ledger(seconds=time.perf_counter() - began)
+        try:
+            return read(counted, rows, budget)
+        finally:
+            costs.append(Ledger(seconds=time.perf_counter() - began))
 
     return reads
 
 
 def by_rows(rows: Rows, ask: Reader, score: Callable[[list[float]], Score]) -> Scorer:
     """A scorer by what a model says at the marked tokens of each row: all rows are read together, and `score` makes of
-    one row's numbers a Score. What cannot be made a row is unscored, with its cause."""
+    one row's numbers a Score. What cannot be made a row is unscored, with its cause. Where reading breaks down, all are
+    unscored, and cost what was read by then."""
 
     def scored(rollouts: Sequence[Rollout]) -> list[Score]:
         made: dict[int, Row] = {}
         found: dict[int, Score] = {}
+        costs: list[Ledger] = []
         for i, rollout in enumerate(rollouts):
             try:
                 made[i] = rows(rollout)
             except Malformed as error:
                 found[i] = Score(None, "error", why=f"{rollout.example.id}: {error}")
-        values, cost = ask(list(made.values()))
-        found |= zip(made, charged([score(of_one) for of_one in values], cost), strict=True)
+        try:
+            scores = [score(of_one) for of_one in ask(list(made.values()), costs)]
+        except (UserError, Failure):
+            raise
+        except Exception as error:  # `guarded` would not know the costs
+            scores = [broke(error)] * len(made)
+        found |= zip(made, charged(scores, sum(costs, Ledger())), strict=True)
         return [found[i] for i in range(len(rollouts))]
 
     return scored

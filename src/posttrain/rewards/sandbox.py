@@ -24,6 +24,8 @@ from posttrain.records import UserError
 
 @dataclass(frozen=True, slots=True)
 class Limits:
+    """What a program may take before it is ended."""
+
     seconds: float = 5.0
     """Of wall-clock time; its processor time is limited to the next whole second above."""
     memory_mb: int = 512
@@ -34,6 +36,8 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Ran:
+    """What became of a program, and the beginning of what it wrote."""
+
     ended: Literal["exit", "timeout", "signal"]
     code: int
     """Exit code, or the number of the signal that ended it."""

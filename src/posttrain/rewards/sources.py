@@ -18,7 +18,7 @@ from posttrain.recipe.rewards import (
     Reward,
 )
 from posttrain.records import Example, Rollout, Score, UserError
-from posttrain.rewards.combine import Ensemble, Part, combined
+from posttrain.rewards.combine import Part, combined
 from posttrain.rewards.form import tagged
 from posttrain.rewards.instructions import instructions
 from posttrain.rewards.json_schema import json_schema
@@ -91,15 +91,12 @@ def build(
         for reward in rewards
         if not isinstance(reward, EnsembleReward)
     ]
-    ensembles = [
-        Ensemble(reward.name, reward.of, reward.how, reward.penalty, reward.weight, reward.gate)
-        for reward in rewards
-        if isinstance(reward, EnsembleReward)
-    ]
+    ensembles = [reward for reward in rewards if isinstance(reward, EnsembleReward)]
     return limited(among(combined(parts, ensembles)), max_unscored)
 
 
 def by_rule(reward: Reward, rule: Rule) -> Scorer:
+    """A scorer by the rule of `reward`, answer by answer, where the rule may run."""
     one = _one(reward, rule)
 
     def score(rollouts: Sequence[Rollout]) -> list[Score]:

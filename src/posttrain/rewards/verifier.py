@@ -14,7 +14,7 @@ from posttrain.data import tasks
 from posttrain.recipe.rewards import VerifierReward
 from posttrain.records import Example, Rollout, Score, UserError
 from posttrain.rewards.protocol import Rule, judged
-from posttrain.rewards.prove import compared
+from posttrain.rewards.prove import reference_cases
 from posttrain.rewards.text import MAX_ANSWER, NUMBER, extract
 
 _HUGE_EXPONENT = re.compile(r"[eE][+-]?\d{4,}")
@@ -32,7 +32,7 @@ EVALUATED: dict[str, re.Pattern[str] | None] = {
 
 def verifier(reward: VerifierReward) -> Rule:
     """The check that belongs to the example's task."""
-    return Rule(score, compared, lacks=lambda example: "" if _known(example) else NONE, where="here")
+    return Rule(score, reference_cases, lacks=lambda example: "" if _known(example) else NONE, where="here")
 
 
 NONE = "no verifier can score an answer to it (only generated tasks have one)"

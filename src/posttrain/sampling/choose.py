@@ -14,7 +14,7 @@ BLOCK = 128
 """Tokens of a block in the cumulative sum over the vocabulary; it divides most vocabularies in use."""
 
 
-def draws(seed: int, group: int, index: int, length: int) -> Tensor:
+def uniforms(seed: int, group: int, index: int, length: int) -> Tensor:
     """[length] uniform numbers in [0, 1): the private random stream of completion `index` of prompt `group`."""
     return torch.from_numpy(np.random.default_rng([seed, group, index]).random(length))
 

@@ -42,6 +42,8 @@ base model makes more than this."""
 
 
 class Drawn(NamedTuple):
+    """A completion as the server gives it."""
+
     ids: tuple[int, ...]
     logps: tuple[float, ...]
     """NaN where the server gave none."""

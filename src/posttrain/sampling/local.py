@@ -25,7 +25,7 @@ from posttrain.models.fused import folded
 from posttrain.models.policy import Policy
 from posttrain.recipe.blocks import Sampling
 from posttrain.records import Example, Ledger, Rollout
-from posttrain.sampling.choose import choose, draws
+from posttrain.sampling.choose import choose, uniforms
 from posttrain.sampling.grid import Cache, Decode, Prefill, survivors
 from posttrain.sampling.protocol import Renderer, completion_text, room
 from posttrain.sampling.speculate import Lookup
@@ -66,6 +66,8 @@ class _Work:
 
 
 class LocalSampler:
+    """A `Sampler` of the policy's weights of now, in this process; at most `rows` completions are written at a time."""
+
     def __init__(self, policy: Policy, renderer: Renderer, rows: int = ROWS) -> None:
         self.policy, self.renderer, self.rows = policy, renderer, rows
 
@@ -81,7 +83,7 @@ class LocalSampler:
             for example, prompt in zip(prompts, ids, strict=True)
         ]
         writing = [
-            _Writing(p, k, draws(seed, first + p, k, sampling.max_new_tokens), rooms[p])
+            _Writing(p, k, uniforms(seed, first + p, k, sampling.max_new_tokens), rooms[p])
             for p in range(len(ids))
             for k in range(n)
         ]

@@ -17,7 +17,7 @@ from posttrain.forest.logprobs import States
 from posttrain.losses import Counts
 from posttrain.models.policy import Policy
 from posttrain.recipe.stage import StageBase
-from posttrain.records import Example, Ledger, derive
+from posttrain.records import Example, Ledger, Rollout, Score, derive
 from posttrain.training.world import ALONE, World
 
 Metrics = Mapping[str, float | Mapping[str, float]]
@@ -38,6 +38,12 @@ class Batch:
     """A few completions to keep for the reader."""
     ledger: Ledger = field(default_factory=Ledger)
     """What sampling it cost."""
+
+
+def singly(rows: Sequence[Row], **more: Any) -> Batch:
+    """Each row a unit, and the loss a mean over the target tokens of all of them; `more` of a batch."""
+    counts = Counts(tokens=sum(sum(row.target) for row in rows), sequences=len(rows))
+    return Batch(tuple(rows), tuple((i,) for i in range(len(rows))), counts, **more)
 
 
 class Objective(Protocol):
@@ -121,6 +127,11 @@ def pair_sample(example: Example) -> dict[str, Any]:
     sides = (example.completion, example.rejected)
     text, other = (str(side[-1].get("content", "")) if side else "" for side in sides)
     return {"prompt": asked(example), "text": text, "rejected": other}
+
+
+def scored_sample(rollout: Rollout, score: Score) -> dict[str, Any]:
+    """How a sampled answer looks to a reader."""
+    return {"prompt": asked(rollout.example), "text": rollout.text, "score": score.value, "outcome": score.outcome}
 
 
 def interval(checkpoint_every: int, period: int) -> int:

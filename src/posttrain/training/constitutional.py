@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from posttrain.data.prepare import Prepared, with_answers
-from posttrain.models.disk import write_text
+from posttrain.models.disk import read_rows, write_rows
 from posttrain.recipe.supervised import Constitutional
 from posttrain.records import Example, Ledger, Rollout, UserError, derive
 from posttrain.sampling.protocol import Sampler, attempted
 from posttrain.training.batch import draws
-from posttrain.training.rollouts import Slot
+from posttrain.training.own import Slot
 
 REQUESTS = {
     "critique": """\
@@ -95,13 +94,13 @@ def revise(
             f"stage {stage.id!r}: none of {len(drafts)} answers has a revision to learn ({listed}); raise "
             "sampling.max_new_tokens, or start from a model that follows instructions"
         )
-    write_text(path, "".join(json.dumps(_line(draft)) + "\n" for draft in drafts))
+    write_rows(path, map(_line, drafts))
     return ledger, {"answers": len(drafts)} | counts
 
 
 def revised(path: Path, data: Prepared) -> Prepared:
     """`data` with the revisions that `revise` wrote, without the rows that have none to learn from."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = read_rows(path)
     return with_answers(data, [(*line["row"], line["ids"]) for line in lines if line["outcome"] not in UNUSABLE])
 
 

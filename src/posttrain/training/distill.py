@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from functools import partial
@@ -18,16 +17,16 @@ from posttrain.data.chat import Rendered
 from posttrain.data.prepare import Prepared, with_answers
 from posttrain.forest import Forest, hidden_states
 from posttrain.forest.logprobs import CHUNK, States, check_head, head
-from posttrain.losses import Counts, jsd, nll, reduce_tokens
+from posttrain.losses import jsd, nll, reduce_tokens
 from posttrain.models.cost import forward_flops_per_token
-from posttrain.models.disk import write_text
+from posttrain.models.disk import read_rows, write_rows
 from posttrain.models.policy import Policy, load
 from posttrain.recipe.supervised import Distill
 from posttrain.records import Ledger, Rollout, derive
 from posttrain.sampling.protocol import Sampler
-from posttrain.training.batch import Batch, Metrics, asked, chosen, draws
+from posttrain.training.batch import Batch, Metrics, asked, chosen, draws, singly
+from posttrain.training.own import Own
 from posttrain.training.preference import second_model
-from posttrain.training.rollouts import check_weights
 
 
 def teacher_of(policy: Policy, stage: Distill) -> Policy:
@@ -95,9 +94,8 @@ class DistillMethod:
     def __init__(
         self, stage: Distill, data: Prepared, policy: Policy, teacher: Policy, sampler: Sampler, seed: int
     ) -> None:
-        self.stage, self.data, self.policy, self.teacher, self.sampler, self.seed = (
-            stage, data, policy, teacher, sampler, seed,
-        )  # fmt: skip
+        self.stage, self.data, self.teacher, self.seed = stage, data, teacher, seed
+        self.sampler = Own(sampler, policy, stage)
         self.order = draws(stage, data.rows, data.weights, seed)
         self.share = stage.student_share if stage.mode == "on_policy" else 0.0
 
@@ -108,8 +106,7 @@ class DistillMethod:
         own = [i for i in range(size) if rng.random() < self.share]
         rollouts, ledger = self._sample([items[i] for i in own], step)
         answers = {own[r.group]: as_row(r) for r in rollouts}
-        rows = tuple(answers[i] if i in answers else chosen(item) for i, item in enumerate(items))
-        counts = Counts(tokens=sum(sum(row.target) for row in rows), sequences=len(rows))
+        rows = [answers[i] if i in answers else chosen(item) for i, item in enumerate(items)]
         config = self.teacher.model.config
         ledger += Ledger(flops=sum(forward_flops_per_token(config, len(row)) * len(row) for row in rows))
         metrics = {}
@@ -117,16 +114,14 @@ class DistillMethod:
             metrics["length"] = sum(len(r.ids) for r in rollouts) / len(rollouts)
             metrics["truncated"] = sum(r.finish == "length" for r in rollouts) / len(rollouts)
         samples = tuple({"prompt": asked(r.example), "text": r.text} for r in rollouts[:1])
-        return Batch(rows, tuple((i,) for i in range(size)), counts, metrics, samples, ledger)
+        return singly(rows, metrics=metrics, samples=samples, ledger=ledger)
 
     def _sample(self, items: Sequence[Rendered], step: int) -> tuple[list[Rollout], Ledger]:
         """What the student of now answers."""
         if not items:
             return [], Ledger()
         seed = derive(self.seed, self.stage.id, "step", step)
-        rollouts, ledger = self.sampler([item.example for item in items], 1, self.stage.sampling, seed)
-        check_weights(rollouts, {self.policy.digest()})
-        return rollouts, ledger
+        return self.sampler([item.example for item in items], 1, self.stage.sampling, seed)
 
     def forward(self, model: nn.Module, forest: Forest, states: States) -> Tensor:
         how = {"beta": self.stage.beta, "temperature": self.stage.temperature}
@@ -148,8 +143,7 @@ def teach(stage: Distill, data: Prepared, sampler: Sampler, seed: int, path: Pat
     used = sorted(set(draws(stage, data.rows, data.weights, seed)))
     prompts = [data.rows[s][i].example for s, i in used]
     rollouts, ledger = sampler(prompts, 1, stage.sampling, derive(seed, stage.id, "teacher"))
-    lines = [json.dumps([*used[r.group], r.ids]) for r in rollouts]
-    write_text(path, "\n".join(lines) + "\n")
+    write_rows(path, [[*used[r.group], r.ids] for r in rollouts])
     tokens = sum(len(r.ids) for r in rollouts)
     cut = sum(r.finish == "length" for r in rollouts) / len(rollouts)
     return ledger, {"answers": len(rollouts), "answer_tokens": tokens, "truncated": cut}
@@ -157,5 +151,4 @@ def teach(stage: Distill, data: Prepared, sampler: Sampler, seed: int, path: Pat
 
 def taught(path: Path, data: Prepared) -> Prepared:
     """`data` with the answers that `teach` wrote, without the rows that have none."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return with_answers(data, [(source, i, ids) for source, i, ids in lines])
+    return with_answers(data, read_rows(path))

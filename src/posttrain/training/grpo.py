@@ -10,19 +10,20 @@ from typing import Any
 from torch import Tensor
 
 from posttrain.credit.advantages import group_advantages
-from posttrain.credit.batch import at_all, at_sampled, by_token, compared, groups
+from posttrain.credit.batch import at_all, at_sampled, by_rollout, by_token, groups
 from posttrain.credit.prime import process_returns
 from posttrain.credit.reinforce import returns
 from posttrain.credit.rloo import leave_one_out
 from posttrain.forest import Forest
 from posttrain.losses import kl, policy_gradient, ratio, reduce_tokens
 from posttrain.losses.policy import Level, cispo, gmpo, sapo, vespo
-from posttrain.losses.reduce import Aggregate
+from posttrain.losses.reduce import Reduction
 from posttrain.recipe.rl import Grpo
 from posttrain.records import Ledger, Rollout, Score
 from posttrain.training.batch import Batch, Metrics
+from posttrain.training.own import Scored
 from posttrain.training.prime import ImplicitRewards
-from posttrain.training.rollouts import RolloutMethod, Scored
+from posttrain.training.rollouts import RolloutMethod
 
 PROCESS = "prime/"
 """Before the names of what a checkpoint holds of process rewards."""
@@ -87,9 +88,9 @@ class GrpoMethod(RolloutMethod):
         match stage.advantage:
             case "group":
                 compare = partial(group_advantages, std=stage.baseline_std, eps=stage.std_eps)
-                return by_token(rollouts, compared(rollouts, scores, compare))
+                return by_token(rollouts, by_rollout(rollouts, scores, compare))
             case "leave_one_out":
-                outcome = by_token(rollouts, compared(rollouts, scores, leave_one_out))
+                outcome = by_token(rollouts, by_rollout(rollouts, scores, leave_one_out))
                 if self.process is not None:
                     return self._with_process(self.process, rollouts, scores, outcome)
                 return outcome
@@ -156,7 +157,7 @@ def clip(stage: Grpo) -> dict[str, Any]:
     return {**bounds, "level": stage.ratio}
 
 
-def reduction(stage: Grpo) -> tuple[Aggregate, float]:
+def reduction(stage: Grpo) -> tuple[Reduction, float]:
     """`how` and `constant` of `reduce_tokens`."""
     if stage.aggregate == "sum":
         return "constant", 1.0

@@ -5,30 +5,27 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from posttrain.credit.batch import as_row
 from posttrain.credit.pairs import pairs
-from posttrain.data.prepare import Prepared
 from posttrain.forest import Forest
 from posttrain.losses import Counts
 from posttrain.losses.kl import kl
 from posttrain.losses.online import nash_md, xpo
 from posttrain.losses.preference import ipo, logistic
 from posttrain.losses.reduce import reduce_pairs, reduce_tokens, segment_sum
-from posttrain.models.policy import Policy
 from posttrain.recipe.preference import OnlinePreference
 from posttrain.records import Example, Ledger, Rollout, derive
-from posttrain.rewards.protocol import Scorer, finite, spent
-from posttrain.sampling.protocol import Sampler
-from posttrain.training.batch import Batch, LogProbs, Metrics, asked, draws, frozen_logprobs
-from posttrain.training.rollouts import Scored, binned, check_on_policy, check_weights, measured
-from posttrain.training.world import ALONE, World
+from posttrain.training.batch import Batch, Metrics, draws, scored_sample
+from posttrain.training.own import OwnMethod, Scored, with_scores
+from posttrain.training.rollouts import measured, ratios
 
 
-class OnlineMethod(LogProbs):
+class OnlineMethod(OwnMethod):
     """Online DPO and IPO (Guo et al., 2402.04792), Nash-MD (Munos et al., 2312.00886), XPO (Xie et al., 2405.21046).
 
     Each step samples anew, with the weights of now. The reference is what the stage starts from, and every sequence's
@@ -41,23 +38,13 @@ class OnlineMethod(LogProbs):
     first order is the papers' mixture of logits: the sampler draws from one model.
     """
 
+    stage: OnlinePreference
     period = 1
 
-    def __init__(
-        self,
-        stage: OnlinePreference,
-        data: Prepared,
-        policy: Policy,
-        sampler: Sampler,
-        score: Scorer,
-        seed: int,
-        world: World = ALONE,
-    ) -> None:
-        self.stage, self.data, self.policy, self.sampler, self.score = stage, data, policy, sampler, score
-        self.seed, self.world, self.temperature = seed, world, stage.sampling.temperature
-        self.order = draws(stage, data.rows, data.weights, seed)
-        self.reference = policy.snapshot()
-        self.unchecked = stage.check_first_step
+    def __init__(self, stage: OnlinePreference, *args: Any, **kwargs: Any) -> None:
+        super().__init__(stage, *args, **kwargs)
+        self.order = draws(stage, self.data.rows, self.data.weights, self.seed)
+        self.reference = self.policy.snapshot()
 
     def batch(self, step: int) -> Batch:
         stage = self.stage
@@ -67,7 +54,7 @@ class OnlineMethod(LogProbs):
         rollouts, scores = [r for r, _ in drawn], [s for _, s in drawn]
         if stage.loss == "nash_md":
             members = [k for k in range(0, len(drawn), 2) if None not in (scores[k].value, scores[k + 1].value)]
-            self.chances = [preferred(scores[k].value or 0.0, scores[k + 1].value or 0.0) for k in members]
+            self.chances = [win_chance(scores[k].value or 0.0, scores[k + 1].value or 0.0) for k in members]
             units: list[tuple[int, ...]] = [(i,) for i in range(len(members))]
             if members:
                 metrics["preferred"] = sum(self.chances) / len(members)
@@ -84,13 +71,9 @@ class OnlineMethod(LogProbs):
         self.references: list[list[float]] = []
         if rows:
             with self.policy.swapped(self.reference):
-                self.references = frozen_logprobs(
-                    self.policy, rows, stage.tokens_per_forward, self.temperature, self.world
-                )
+                self.references = self.logprobs(rows)
         counts = Counts(tokens=sum(sum(row.target) for row in rows), sequences=len(rows), pairs=len(units))
-        samples = tuple(
-            {"prompt": asked(r.example), "text": r.text, "score": s.value, "outcome": s.outcome} for r, s in drawn[:2]
-        )
+        samples = tuple(scored_sample(*one) for one in drawn[:2])
         return Batch(rows, tuple(units), counts, metrics, samples, ledger)
 
     def _drawn(self, prompts: Sequence[Example], step: int) -> tuple[list[Scored], Ledger]:
@@ -103,17 +86,10 @@ class OnlineMethod(LogProbs):
             with self.policy.swapped(self._rival()):
                 others, cost = self._ask(prompts, 1, "other", step)
             rollouts, ledger = [r for pair in zip(own, others, strict=True) for r in pair], ledger + cost
-        scores = [finite(score) for score in self.score(rollouts)]
-        return list(zip(rollouts, scores, strict=True)), ledger + spent(scores)
+        return with_scores(self.score, rollouts, ledger)
 
-    def _ask(self, prompts: Sequence[Example], n: int, *names: str | int) -> tuple[list[Rollout], Ledger]:
-        stage = self.stage
-        rollouts, ledger = self.sampler(prompts, n, stage.sampling, derive(self.seed, stage.id, *names))
-        check_weights(rollouts, {self.policy.digest()})
-        if self.unchecked:
-            self.unchecked = False
-            check_on_policy(stage, self.policy, rollouts, self.world)
-        return rollouts, ledger
+    def _ask(self, prompts: Sequence[Example], n: int, who: str, step: int) -> tuple[list[Rollout], Ledger]:
+        return self.sampler(prompts, n, self.stage.sampling, derive(self.seed, self.stage.id, who, step))
 
     def _rival(self) -> dict[str, Tensor]:
         """The weights that the policy's answers are compared with."""
@@ -159,15 +135,10 @@ class OnlineMethod(LogProbs):
         if not own_T.any():
             return {}
         behaviour_T = forest.spread([self.behaviour[r] for r in rows]).to(logps_T.dtype)
-        mismatch_N = (logps_T - behaviour_T)[own_T].exp()
-        return {
-            "kl": kl(logps_T, reference_T, own_T, "k1").sum().item() / self.own_tokens,
-            "mismatch_min": mismatch_N.min().item(),
-            "mismatch_max": mismatch_N.max().item(),
-            "mismatch_counts": binned(mismatch_N),
-        }
+        mean = kl(logps_T, reference_T, own_T, "k1").sum().item() / self.own_tokens
+        return {"kl": mean, **ratios("mismatch", (logps_T - behaviour_T)[own_T].exp())}
 
 
-def preferred(reward: float, other: float) -> float:
+def win_chance(reward: float, other: float) -> float:
     """The chance that an answer of this reward is preferred to one of the other: s(R - R'), Bradley and Terry."""
     return torch.sigmoid(torch.tensor(reward - other, dtype=torch.float64)).item()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,12 +20,12 @@ from posttrain.data.chat import Rendered
 from posttrain.data.prepare import Prepared, schedule
 from posttrain.forest import Forest, Row, token_statistics
 from posttrain.forest.logprobs import States, check_head
-from posttrain.models.disk import write_text
+from posttrain.models.disk import read_rows, write_rows
 from posttrain.models.policy import Policy, load
 from posttrain.recipe.objectives import OBJECTIVES, Loss
 from posttrain.recipe.preference import Preference
 from posttrain.recipe.supervised import Distill
-from posttrain.records import Ledger, UserError, derive
+from posttrain.records import Ledger, Rollout, Score, UserError, derive
 from posttrain.rewards.protocol import Scorer, spent
 from posttrain.sampling.protocol import Sampler
 from posttrain.training.batch import (
@@ -39,7 +38,9 @@ from posttrain.training.batch import (
     frozen_logprobs,
     pair_sample,
     rejected,
+    scored_sample,
 )
+from posttrain.training.own import Own
 from posttrain.training.world import ALONE, World
 
 
@@ -120,10 +121,10 @@ class PreferenceMethod(LogProbs):
         self.now = [self.judged[s][i] for s, i in self.order[step * size : (step + 1) * size]]
         rows = tuple(row for item in self.now for row in item.rows)
         K = self.stage.width
-        best = sum(sum(item.rows[self.best].target) for item in self.now)  # the NLL's tokens, the only loss per token
+        tokens = sum(sum(item.rows[self.best].target) for item in self.now)  # the NLL's, the only loss per token
         units = tuple(tuple(range(i, i + K)) for i in range(0, len(rows), K))
         self.whole = self._whole_step(step, rows) if self.objective.whole_step else ()
-        counts = losses.Counts(tokens=best, sequences=len(rows), pairs=len(self.now))
+        counts = losses.Counts(tokens=tokens, sequences=len(rows), pairs=len(self.now))
         return Batch(rows, units, counts, samples=tuple(item.sample for item in self.now[:1]))
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -263,13 +264,33 @@ def judged_from_data(policy: Policy, stage: Preference, data: Prepared, seed: in
     Of a large file only as many as the stage's steps come to, drawn at random: the reference must read each.
 
     Raises:
-        UserError: KTO has nothing to mismatch.
+        UserError: labelled answers are of one kind.
     """
     sizes, slots = [len(rows) for rows in data.rows], stage.steps * stage.batch_size
     used = sorted(set(schedule(sizes, data.weights, slots, derive(seed, stage.id, "rows"))))
-    make = _labelled if OBJECTIVES[stage.loss].of == "answers" else _paired
-    made = [[make(rows[i]) for source, i in used if source == s] for s, rows in enumerate(data.rows)]
+    rows = [[part[i] for source, i in used if source == s] for s, part in enumerate(data.rows)]
+    single = OBJECTIVES[stage.loss].of == "answers"
+    if single:
+        check_labels(stage, rows)
+    made = [[*map(_labelled if single else _paired, part)] for part in rows]
     return _mismatched(policy, stage, made, seed) if stage.loss == "kto" else made
+
+
+def check_labels(stage: Preference, rows: Iterable[Sequence[Rendered]]) -> None:
+    """Refuse labelled answers (a list for each source) that are all good or all bad: they would push the policy one
+    way, whatever it is asked, and that would look like learning.
+
+    Raises:
+        UserError: so they are.
+    """
+    labels = [bool(row.example.label) for part in rows for row in part]
+    good = sum(labels)
+    if good in (0, len(labels)):
+        raise UserError(
+            f"stage {stage.id!r}: loss {stage.loss} learns what tells good answers from bad ones, and of "
+            f"{len(labels)} to learn from {good} are labelled good and {len(labels) - good} bad; give rows of both "
+            "labels (or more steps, if there are both). Good answers alone are for a stage of kind sft"
+        )
 
 
 def _paired(rendered: Rendered) -> Judged:
@@ -286,11 +307,6 @@ def _labelled(rendered: Rendered) -> Judged:
 def _mismatched(policy: Policy, stage: Preference, made: list[list[Judged]], seed: int) -> list[list[Judged]]:
     """Each with the answer of the next in a random round, cut where the model's context ends."""
     order = [(s, i) for s, part in enumerate(made) for i in range(len(part))]
-    if len(order) < 2:
-        raise UserError(
-            f"stage {stage.id!r}: loss kto reads each prompt with the answer to another one, and there is one row: "
-            "give more rows"
-        )
     random.Random(derive(seed, stage.id, "mismatched")).shuffle(order)
     found = [list(part) for part in made]
     for (s, i), (t, j) in zip(order, [*order[1:], order[0]], strict=True):
@@ -301,8 +317,16 @@ def _mismatched(policy: Policy, stage: Preference, made: list[list[Judged]], see
     return found
 
 
+def ranked(rollouts: Sequence[Rollout], scores: Sequence[Score], members: Sequence[int]) -> Judged:
+    """Those of the answers that are `members`, all to one prompt, the best first and what has no score last."""
+    rewards = tuple(math.nan if (value := scores[i].value) is None else value for i in members)
+    best, worst = members[0], [i for i, reward in zip(members, rewards, strict=True) if not math.isnan(reward)][-1]
+    sample = scored_sample(rollouts[best], scores[best]) | {"rejected": rollouts[worst].text}
+    return Judged(tuple(as_row(rollouts[i]) for i in members), rewards, sample)
+
+
 def judged_on_policy(
-    stage: Preference, data: Prepared, sampler: Sampler, score: Scorer, seed: int
+    policy: Policy, stage: Preference, data: Prepared, sampler: Sampler, score: Scorer, seed: int
 ) -> tuple[list[list[Judged]], Ledger, dict[str, float]]:
     """What the policy writes itself: of each prompt's answers a best and a worst (and the data's own, for a triple), or
     all of them in their order.
@@ -318,12 +342,12 @@ def judged_on_policy(
         [len(rows) for rows in data.rows], data.weights, how.prompts, derive(seed, stage.id, "pair prompts")
     )
     prompts = [data.rows[s][i].example for s, i in order]
-    rollouts, ledger = sampler(prompts, how.n, how, derive(seed, stage.id, "pairs"))
+    rollouts, ledger = Own(sampler, policy, stage)(prompts, how.n, how, derive(seed, stage.id, "pairs"))
     rng = random.Random(derive(seed, stage.id, "ties"))
     made: list[list[Judged]] = [[] for _ in data.rows]
     scores = score(rollouts)
-    values = [math.nan if s.value is None else s.value for s in scores]
-    if stage.loss == "lipo" and (outside := [v for v in values if v < 0 or v > 1]):
+    known = [s.value for s in scores if s.value is not None]
+    if stage.loss == "lipo" and (outside := [value for value in known if not 0 <= value <= 1]):
         raise UserError(
             f"stage {stage.id!r}: loss lipo weighs pairs by 2 to the rewards, which must lie between 0 and 1, and one "
             f"is {outside[0]:g}; score by a verifier, or by a judge with compare: true, or take loss rrhf or pro, "
@@ -331,23 +355,15 @@ def judged_on_policy(
         )
     found: Sequence[Sequence[int]] = rankings(rollouts, scores) if of == "lists" else pairs(rollouts, scores, rng)
     for members in found:
-        best, worst = members[0], [i for i in members if not math.isnan(values[i])][-1]
-        sample = {
-            "prompt": asked(rollouts[best].example),
-            "text": rollouts[best].text,
-            "score": scores[best].value,
-            "outcome": scores[best].outcome,
-            "rejected": rollouts[worst].text,
-        }
-        source, i = order[rollouts[best].group]
-        rows, rewards = tuple(as_row(rollouts[i]) for i in members), tuple(values[i] for i in members)
+        item, (source, i) = ranked(rollouts, scores, members), order[rollouts[members[0]].group]
         if of == "triples":
-            rows, rewards = (*rows, chosen(data.rows[source][i])), (*rewards, math.nan)
-        made[source].append(Judged(rows, rewards, sample))
+            own = chosen(data.rows[source][i])
+            item = replace(item, rows=(*item.rows, own), rewards=(*item.rewards, math.nan))
+        made[source].append(item)
     if not any(made):
         raise UserError(
             f"stage {stage.id!r}: none of {how.prompts} prompts gave answers of different score "
-            f"({sum(map(math.isnan, values))} of {len(values)} answers have none), so there is no pair to learn from; "
+            f"({len(scores) - len(known)} of {len(scores)} answers have none), so there is no pair to learn from; "
             "raise on_policy.n or temperature, or choose a task that the model solves sometimes"
         )
     facts = {
@@ -421,27 +437,23 @@ def second_model(policy: Policy, stage: Preference | Distill, make: Callable[...
 def write_judged(path: Path, kept: list[list[Judged]]) -> None:
     """Keep them with what the reference says, so that a continued run neither samples nor asks it again."""
 
-    def line(source: int, item: Judged) -> str:
+    def line(source: int, item: Judged) -> dict[str, Any]:
         rows = [*item.rows, *([] if item.mismatched is None else [item.mismatched])]
-        return json.dumps(
-            {
-                "source": source,
-                "prompt_ids": item.rows[0].context,
-                "rows": [[row.completion, row.target] for row in rows],
-                "rewards": [None if math.isnan(reward) else reward for reward in item.rewards],
-                "reference": item.reference,
-                "sample": item.sample,
-            }
-        )
+        return {
+            "source": source,
+            "prompt_ids": item.rows[0].context,
+            "rows": [[row.completion, row.target] for row in rows],
+            "rewards": [None if math.isnan(reward) else reward for reward in item.rewards],
+            "reference": item.reference,
+            "sample": item.sample,
+        }
 
-    lines = [line(source, item) for source, part in enumerate(kept) for item in part]
-    write_text(path, "\n".join(lines) + "\n")
+    write_rows(path, [line(source, item) for source, part in enumerate(kept) for item in part])
 
 
 def read_judged(path: Path, sources: int) -> list[list[Judged]]:
     found: list[list[Judged]] = [[] for _ in range(sources)]
-    for line in path.read_text(encoding="utf-8").splitlines():
-        kept = json.loads(line)
+    for kept in read_rows(path):
         context = tuple(kept["prompt_ids"])
         rows = [Row(context, *(tuple(x) for x in row)) for row in kept["rows"]]
         rewards = tuple(math.nan if reward is None else reward for reward in kept["rewards"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -13,18 +12,18 @@ from torch import Tensor
 
 from posttrain.data.chat import Rendered, Renderer
 from posttrain.data.prepare import Prepared, schedule
-from posttrain.data.steps import as_row, at_steps
+from posttrain.data.steps import at_steps, solution_row
 from posttrain.forest import Forest
 from posttrain.forest.logprobs import States
-from posttrain.losses import Counts, process_reward, reduce_tokens
-from posttrain.models.disk import write_text
+from posttrain.losses import process_reward, reduce_tokens
+from posttrain.models.disk import read_rows, write_rows
 from posttrain.models.reward import marked, read
 from posttrain.recipe.scoring import ProcessRewardModel
 from posttrain.records import Example, Ledger, UserError, derive
 from posttrain.rewards.process import label_steps
 from posttrain.rewards.protocol import Scorer
 from posttrain.sampling.protocol import Sampler
-from posttrain.training.batch import Batch, asked, chosen, draws
+from posttrain.training.batch import Batch, asked, chosen, draws, singly
 
 
 class ProcessRewardMethod:
@@ -44,10 +43,7 @@ class ProcessRewardMethod:
         size = self.stage.batch_size
         now = [self.data.rows[s][i] for s, i in self.order[step * size : (step + 1) * size]]
         self.labels = [_per_token(solution) for solution in now]
-        rows = tuple(map(chosen, now))
-        counts = Counts(tokens=sum(sum(row.target) for row in rows), sequences=len(rows))
-        samples = tuple(_sample(solution) for solution in now[:1])
-        return Batch(rows, tuple((i,) for i in range(len(rows))), counts, samples=samples)
+        return singly([*map(chosen, now)], samples=tuple(map(_sample, now[:1])))
 
     def forward(self, model: torch.nn.Module, forest: Forest, states: States) -> Tensor:
         return marked(model, forest, states)
@@ -86,7 +82,7 @@ def one_label(data: Prepared) -> str:
     return f"all {len(given)} steps have the label {given[0]:g}" if min(given) == max(given) else ""
 
 
-class Verdict(NamedTuple):
+class StepVerdict(NamedTuple):
     """On one labelled step."""
 
     solution: int
@@ -96,11 +92,11 @@ class Verdict(NamedTuple):
     """Whether the model says so too."""
 
 
-def verdicts(model: torch.nn.Module, solutions: Sequence[Rendered], budget: int) -> list[Verdict]:
+def verdicts(model: torch.nn.Module, solutions: Sequence[Rendered], budget: int) -> list[StepVerdict]:
     """What the model says of each labelled step; a chance of exactly one half is no."""
     found = read(partial(marked, model), [chosen(solution) for solution in solutions], budget)
     return [
-        Verdict(s, label > 0.5, (logit > 0) == (label > 0.5))
+        StepVerdict(s, label > 0.5, (logit > 0) == (label > 0.5))
         for s, (logits, solution) in enumerate(zip(found, solutions, strict=True))
         for logit, label in zip(logits, labels(solution), strict=True)
     ]
@@ -168,27 +164,24 @@ def labelled_solutions(
 def write_solutions(path: Path, data: Prepared) -> None:
     """Keep labelled solutions, so that a continued run does not sample them again."""
     lines = [
-        json.dumps(
-            {
-                "source": source,
-                "weight": data.weights[source],
-                "id": row.example.id,
-                **as_row(row.example),
-                "ids": [row.prompt_ids, row.completion_ids, row.completion_target],
-            }
-        )
+        {
+            "source": source,
+            "weight": data.weights[source],
+            "id": row.example.id,
+            **solution_row(row.example),
+            "ids": [row.prompt_ids, row.completion_ids, row.completion_target],
+        }
         for source, part in enumerate(data.rows)
         for row in part
     ]
-    write_text(path, "\n".join(lines) + "\n")
+    write_rows(path, lines)
 
 
 def read_solutions(path: Path, report: dict[str, Any]) -> Prepared:
     """What `write_solutions` kept; `report` is of the data that the prompts came from."""
     rows: dict[int, list[Rendered]] = {}
     weights: dict[int, float] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        kept = json.loads(line)
+    for kept in read_rows(path):
         completion = tuple({"role": "assistant", "content": step} for step in kept["completions"])
         example = Example(kept["id"], tuple(kept["prompt"]), completion, step_labels=tuple(kept["labels"]))
         prompt_ids, ids, target = map(tuple, kept["ids"])

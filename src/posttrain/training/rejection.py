@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,17 +12,17 @@ from torch import Tensor
 from posttrain.credit.batch import as_row
 from posttrain.data.prepare import Prepared, schedule
 from posttrain.forest import Forest, Row
-from posttrain.losses import Counts, nll, reduce_tokens
-from posttrain.models.disk import write_text
+from posttrain.losses import nll, reduce_tokens
+from posttrain.models.disk import read_rows, write_rows
 from posttrain.models.policy import Policy
 from posttrain.recipe.rl import HINT, RejectionSampling
 from posttrain.records import Example, Ledger, Rollout, UserError, derive
-from posttrain.rewards.protocol import Scorer, finite, spent
+from posttrain.rewards.protocol import Scorer
 from posttrain.sampling.protocol import Sampler
-from posttrain.training.batch import Batch, LogProbs, Metrics, asked
-from posttrain.training.rollouts import Scored, Slot, check_weights, measured
-from posttrain.training.rounds import sampled_once
-from posttrain.training.world import ALONE, World
+from posttrain.training.batch import Batch, Metrics, scored_sample, singly
+from posttrain.training.own import Scored, Slot, with_scores
+from posttrain.training.rollouts import measured
+from posttrain.training.rounds import RoundMethod
 
 
 class Kept(NamedTuple):
@@ -36,80 +34,63 @@ class Kept(NamedTuple):
     """How it looks to a reader."""
 
 
-class RejectionMethod(LogProbs):
+class RejectionMethod(RoundMethod):
     """Rounds of sampling, keeping and learning what was kept by its likelihood, per token of the step.
 
     RFT (Yuan et al., 2308.01825) is one round, with a large `n`. Expert iteration (ReST, Gulcehre et al., 2308.08998;
     ReST-EM, Singh et al., 2312.06585) is several, each with the weights that the one before it left. STaR (Zelikman et
     al., 2203.14465) also asks again, with the answer as a hint, where nothing was right.
 
-    What a round keeps stands in `folder`, in kept-ROUND.jsonl, with the weights that wrote it: a continued run learns
-    from the same rows and samples none of them again.
-
     Departures. Training goes on from round to round, where STaR and ReST-EM begin each from the first weights. Answers
     of the same words are one, where RFT compares the equations in them. ReST's threshold does not rise within a round.
     An answer that was cut off is not kept, for whoever imitates it does not learn to end.
     """
 
-    period = 1
+    stage: RejectionSampling
+    name = "kept"
 
     def __init__(
-        self,
-        stage: RejectionSampling,
-        data: Prepared,
-        policy: Policy,
-        sampler: Sampler,
-        score: Scorer,
-        folder: Path,
-        seed: int,
-        world: World = ALONE,
+        self, stage: RejectionSampling, data: Prepared, policy: Policy, sampler: Sampler, score: Scorer, *where: Any
     ) -> None:
-        self.stage, self.data, self.policy, self.sampler, self.score = stage, data, policy, sampler, score
-        self.folder, self.seed, self.world = folder, seed, world
-        sizes, slots = [len(rows) for rows in data.rows], stage.rounds * stage.prompts
-        self.slots = schedule(sizes, data.weights, slots, derive(seed, stage.id, "prompts"))
-        self.round = -1
+        super().__init__(stage, data, policy, sampler, *where)
+        self.score = score
 
-    def batch(self, step: int) -> Batch:
-        stage, size = self.stage, self.stage.batch_size
-        number, at = divmod(step, stage.round_steps)
-        if at == 0 or number != self.round:
-            made = self._begin(number, at == 0)
+    def learn(self, at: int) -> Batch:
+        size = self.stage.batch_size
         items = [self.kept[s][i] for s, i in self.order[at * size : (at + 1) * size]]
-        rows = tuple(item.row for item in items)
-        counts = Counts(tokens=sum(sum(row.target) for row in rows), sequences=len(rows))
-        batch = Batch(rows, tuple((i,) for i in range(len(rows))), counts)
-        if at:
-            return batch
-        samples = tuple(item.sample for item in items[:2])
-        return dataclasses.replace(batch, metrics=made["metrics"], samples=samples, ledger=Ledger(**made["ledger"]))
+        return singly([item.row for item in items], samples=() if at else tuple(item.sample for item in items[:2]))
 
     def loss(
         self, batch: Batch, rows: Sequence[int], forest: Forest, logps_T: Tensor
     ) -> tuple[Tensor, dict[str, float]]:
         return reduce_tokens(nll(logps_T), forest.target_T, batch.counts), {}
 
-    def _begin(self, number: int, first: bool) -> dict[str, Any]:
-        """Have the rows of a round; `first` says that it begins."""
-        stage, path = self.stage, self.folder / f"kept-{number}.jsonl"
-        made = sampled_once(path, first, self.policy, self.world, partial(self.sample, number), write_kept)
-        found = read_kept(path, len(self.data.rows))
-        some = [s for s, part in enumerate(found) if part]  # a source that gave nothing leaves the mixture
-        self.round, self.kept = number, [found[s] for s in some]
-        sizes, weights = [len(part) for part in self.kept], [self.data.weights[s] for s in some]
-        slots = stage.round_steps * stage.batch_size
-        self.order = schedule(sizes, weights, slots, derive(self.seed, stage.id, "order", number))
-        return made
+    def write(self, path: Path, found: Sequence[Kept]) -> None:
+        lines = [
+            {"source": source, "ids": [row.context, row.completion, row.target], "sample": sample}
+            for source, row, sample in found
+        ]
+        write_rows(path, lines)
 
-    def sample(self, number: int, digest: str) -> tuple[list[Kept], Metrics, Ledger]:
-        """What the policy of now, whose digest is given, answers rightly to the round's prompts.
+    def take(self, path: Path, number: int) -> None:
+        found: list[list[Kept]] = [[] for _ in self.data.rows]
+        for kept in read_rows(path):
+            found[kept["source"]].append(Kept(kept["source"], Row(*map(tuple, kept["ids"])), kept["sample"]))
+        some = [s for s, part in enumerate(found) if part]  # a source that gave nothing leaves the mixture
+        self.kept = [found[s] for s in some]
+        sizes, weights = [len(part) for part in self.kept], [self.data.weights[s] for s in some]
+        slots = self.stage.round_steps * self.stage.batch_size
+        self.order = schedule(sizes, weights, slots, derive(self.seed, self.stage.id, "order", number))
+
+    def sample(self, number: int) -> tuple[list[Kept], Metrics, Ledger]:
+        """What the policy of now answers rightly to the round's prompts.
 
         Raises:
             UserError: nothing.
         """
         stage = self.stage
         slots = self.slots[number * stage.prompts :][: stage.prompts]
-        drawn, ledger = self._ask(slots, self._examples(slots), digest, "round", number)
+        drawn, ledger = self._ask(slots, self._examples(slots), "round", number)
         found = [(slots[drawn[i][0].group], drawn[i]) for i in right(drawn, stage.at_least, stage.most)]
         solved = {slot for slot, _ in found}
         metrics = dict(measured(drawn, stage.sampling.max_new_tokens))
@@ -117,7 +98,7 @@ class RejectionMethod(LogProbs):
         left = [slot for slot in dict.fromkeys(slots) if slot not in solved and self._example(slot).answer is not None]
         if stage.hint is not None and left:
             hinted = [with_hint(example, stage.hint) for example in self._examples(left)]
-            more, cost = self._ask(left, hinted, digest, "hinted", number)
+            more, cost = self._ask(left, hinted, "hinted", number)
             ledger += cost
             told = [(left[more[i][0].group], more[i]) for i in right(more, stage.at_least, stage.most)]
             metrics["rationalised"] = len({slot for slot, _ in told}) / len(left)
@@ -130,29 +111,18 @@ class RejectionMethod(LogProbs):
                 f"sampling.max_new_tokens, lower at_least,{hint} or choose a task that the model solves sometimes"
             )
         metrics["examples"] = len(found)
-        kept = [
-            Kept(
-                slot[0],
-                as_row(rollout),
-                {"prompt": asked(rollout.example), "text": rollout.text, "score": s.value, "outcome": s.outcome},
-            )
-            for slot, (rollout, s) in found
-        ]
+        kept = [Kept(source, as_row(rollout), scored_sample(rollout, s)) for (source, _), (rollout, s) in found]
         return kept, metrics, ledger
 
     def _ask(
-        self, slots: Sequence[Slot], prompts: Sequence[Example], digest: str, *names: str | int
+        self, slots: Sequence[Slot], prompts: Sequence[Example], who: str, number: int
     ) -> tuple[list[Scored], Ledger]:
         """Answers to `prompts` with their scores, as answers to the prompts in the data."""
         stage = self.stage
-        seed = derive(self.seed, stage.id, *names)
-        answers, ledger = self.sampler(prompts, stage.n, stage.sampling, seed)
-        check_weights(answers, {digest})
-        rollouts = [self._own(rollout, slots[rollout.group]) for rollout in answers]
-        scores = [finite(score) for score in self.score(rollouts)]
-        return list(zip(rollouts, scores, strict=True)), ledger + spent(scores)
+        answers, ledger = self.sampler(prompts, stage.n, stage.sampling, derive(self.seed, stage.id, who, number))
+        return with_scores(self.score, [self._unhinted(answer, slots[answer.group]) for answer in answers], ledger)
 
-    def _own(self, rollout: Rollout, slot: Slot) -> Rollout:
+    def _unhinted(self, rollout: Rollout, slot: Slot) -> Rollout:
         """The same tokens after the prompt in the data."""
         row = self.data.rows[slot[0]][slot[1]]
         return dataclasses.replace(rollout, example=row.example, prompt_ids=row.prompt_ids)
@@ -183,21 +153,3 @@ def with_hint(example: Example, hint: str) -> Example:
     *before, last = example.prompt
     text = f"{last['content']}\n\n{hint.replace(HINT, example.answer or '')}"
     return dataclasses.replace(example, prompt=(*before, {**last, "content": text}))
-
-
-def write_kept(path: Path, kept: Sequence[Kept]) -> None:
-    lines = [
-        json.dumps({"source": source, "ids": [row.context, row.completion, row.target], "sample": sample})
-        for source, row, sample in kept
-    ]
-    write_text(path, "\n".join(lines) + "\n")
-
-
-def read_kept(path: Path, sources: int) -> list[list[Kept]]:
-    """What `write_kept` wrote, by source."""
-    found: list[list[Kept]] = [[] for _ in range(sources)]
-    for line in path.read_text(encoding="utf-8").splitlines():
-        kept = json.loads(line)
-        row = Row(*map(tuple, kept["ids"]))
-        found[kept["source"]].append(Kept(kept["source"], row, kept["sample"]))
-    return found

@@ -1,4 +1,4 @@
-"""What methods share that learn from their own samples: asking for them, scoring them, the policy's loss on them."""
+"""What a batch of rollouts is to the policy gradients: drawn, credited, learned in parts, and watched."""
 
 from __future__ import annotations
 
@@ -6,79 +6,31 @@ import dataclasses
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
-from itertools import accumulate, pairwise
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from posttrain.credit.batch import as_row, groups
-from posttrain.data.prepare import Prepared, schedule
+from posttrain.data.prepare import schedule
 from posttrain.forest import Forest
 from posttrain.forest.logprobs import States, token_statistics
 from posttrain.losses import Counts, clipped_share, importance, kl, ratio
 from posttrain.losses.policy import Level, entropy_bonus
-from posttrain.models.policy import Policy
-from posttrain.recipe.preference import OnlinePreference
-from posttrain.recipe.rl import Grpo, Ppo, Rl
+from posttrain.recipe.rl import Grpo, Ppo
 from posttrain.records import Failure, Ledger, Rollout, Score, UserError, derive
-from posttrain.rewards.protocol import Scorer, finite, spent
-from posttrain.sampling.protocol import Ahead, Answer, Sampler
-from posttrain.training.batch import Batch, LogProbs, Metrics, asked, draws, frozen_logprobs, interval
-from posttrain.training.world import ALONE, World
+from posttrain.rewards.protocol import Scorer
+from posttrain.sampling.protocol import Answer
+from posttrain.training.batch import Batch, Metrics, draws, interval, scored_sample
+from posttrain.training.own import OwnMethod, Scored, Slot, with_scores
+from posttrain.training.world import World
 
-Slot = tuple[int, int]
-"""A prompt: its source, and its row there."""
-Scored = tuple[Rollout, Score]
-
-ON_POLICY = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 0.1}
-"""Largest mean difference, nats a token, between the log-probabilities that sampler and trainer give the first
-rollouts, by the precision of the weights. One token off, or another temperature, makes it whole nats."""
-CHECKED = 512
-"""Tokens on which that is looked at."""
 BOUNDS = (0.5, 0.8, 0.9, 0.98, 0.999, 1.001, 1.02, 1.1, 1.25, 2.0)
 """Of the bins in which ratios are counted."""
 LENGTHS = 8
 """Bins in which completions are counted by their length."""
-
-
-def check_weights(rollouts: Sequence[Rollout], allowed: Collection[str]) -> None:
-    """Refuse rollouts of weights other than those whose digests are allowed: training on them would go wrong quietly.
-
-    Raises:
-        Failure: the sampler did not get the policy's weights, or fell further behind than it may.
-    """
-    for rollout in rollouts:
-        if rollout.weights not in allowed:
-            raise Failure(
-                f"{rollout.example.id}: sampled with weights {rollout.weights[:12]}, and allowed are "
-                f"{', '.join(sorted(digest[:12] for digest in allowed))}; the sampler did not get the policy's weights"
-            )
-
-
-def check_on_policy(
-    stage: Grpo | Ppo | OnlinePreference, policy: Policy, rollouts: Sequence[Rollout], world: World
-) -> None:
-    """Sampler and trainer must give what the weights of now have sampled one and the same probability.
-
-    Raises:
-        Failure: they do not.
-    """
-    ends = accumulate(len(r.prompt_ids) + len(r.ids) for r in rollouts)
-    some = [r for r, end in zip(rollouts, ends, strict=True) if end <= CHECKED] or rollouts[:1]
-    rows = [as_row(r) for r in some]
-    found = frozen_logprobs(policy, rows, stage.tokens_per_forward, stage.sampling.temperature, world)
-    apart = [abs(a - b) for r, logps in zip(some, found, strict=True) for a, b in zip(r.logps, logps, strict=True)]
-    mean = sum(apart) / sum(r.sampled for r in some)
-    elsewhere = isinstance(stage, Rl) and stage.endpoint is not None
-    dtype = torch.bfloat16 if elsewhere else next(policy.model.parameters()).dtype
-    if not mean <= ON_POLICY[dtype]:
-        raise Failure(
-            f"stage {stage.id!r}: the sampler's log-probabilities are {mean:.2g} nats a token from the trainer's on "
-            f"the first rollouts (allowed: {ON_POLICY[dtype]:.2g}), though both have the same weights: they do not "
-            "compute the same; please report it. `check_first_step: false` goes on regardless"
-        )
 
 
 def shared(score: Scorer, world: World) -> Scorer:
@@ -119,7 +71,7 @@ def sampled_at(stage: Grpo | Ppo, step: int) -> int:
     return max(step - stage.staleness * stage.period, step // every * every)
 
 
-class RolloutMethod(LogProbs, ABC):
+class RolloutMethod(OwnMethod, ABC):
     """Rollouts are drawn every `period` steps, and what has nothing to teach is not computed.
 
     A subclass says what each token is worth (`credit`) and what is minimised (`objective`), and makes of `policy_loss`
@@ -130,6 +82,7 @@ class RolloutMethod(LogProbs, ABC):
     an importance weight corrects for.
     """
 
+    stage: Grpo | Ppo
     objective: Callable[..., Tensor]
     """A loss of losses/policy.py with its parameters."""
     level: Level = "token"
@@ -139,27 +92,15 @@ class RolloutMethod(LogProbs, ABC):
     always = False
     """Whether a completion worth nothing is computed too, for another term of the loss."""
 
-    def __init__(
-        self,
-        stage: Grpo | Ppo,
-        data: Prepared,
-        policy: Policy,
-        sampler: Sampler,
-        score: Scorer,
-        seed: int,
-        world: World = ALONE,
-    ) -> None:
-        self.stage, self.data, self.policy, self.sampler, self.score, self.seed, self.world = (
-            stage, data, policy, sampler, score, seed, world,
-        )  # fmt: skip
-        self.asked: dict[int, tuple[str, list[Slot], Answer]] = {}
-        self.temperature = stage.sampling.temperature
+    def __init__(self, stage: Grpo | Ppo, *args: Any, **kwargs: Any) -> None:
+        super().__init__(stage, *args, **kwargs)
         self.period = stage.period
-        self.order = draws(stage, data.rows, data.weights, seed, self.period, stage.curriculum)
-        self.reference = policy.snapshot() if stage.kl_weight else None
+        self.order = draws(stage, self.data.rows, self.data.weights, self.seed, self.period, stage.curriculum)
+        self.reference = self.policy.snapshot() if stage.kl_weight else None
+        self.pending: dict[int, tuple[list[Slot], Answer]] = {}
+        """What was asked for the batch that begins with a step."""
         self.solved: dict[Slot, tuple[int, int]] = {}
         """Of each prompt how many answers were right, of how many; kept for a curriculum."""
-        self.unchecked = stage.check_first_step
 
     @abstractmethod
     def credit(self, rollouts: Sequence[Rollout], scores: Sequence[Score]) -> list[list[float] | None]:
@@ -194,7 +135,6 @@ class RolloutMethod(LogProbs, ABC):
         stage = self.stage
         if self.reference is not None and stage.reference_reset and step and step % stage.reference_reset == 0:
             self.reference = self.policy.snapshot()
-        self.digest = self.policy.digest()
         self.told: dict[str, float] = {}
         drawn, kept, self.spent = self.draw(step)
         rollouts, scores = [r for r, _ in kept], [s for _, s in kept]
@@ -220,9 +160,7 @@ class RolloutMethod(LogProbs, ABC):
             self.parts += [self._part(rollouts, order[k :: stage.minibatches]) for k in range(stage.minibatches)]
         members, first = self.parts[0]
         metrics = {**measured(drawn, stage.whole.max_new_tokens), **self.told}
-        samples = tuple(
-            {"prompt": asked(r.example), "text": r.text, "score": s.value, "outcome": s.outcome} for r, s in drawn[:2]
-        )
+        samples = tuple(scored_sample(*one) for one in drawn[:2])
         self.parts[0] = members, dataclasses.replace(first, metrics=metrics, samples=samples, ledger=self.spent)
 
     def _part(self, rollouts: Sequence[Rollout], learned: Sequence[int]) -> tuple[list[int], Batch]:
@@ -242,33 +180,24 @@ class RolloutMethod(LogProbs, ABC):
         stage = self.stage
         if again:
             slots = self._further(step, again)
-            digest, answer = self.digest, self._ask(slots, "step", step, "again", again)
+            answer = self._ask(slots, "step", step, "again", again)
         else:
             for later in range(step, stage.steps, self.period):
                 if sampled_at(stage, later) == step:  # the weights of now have to sample these
                     slots = self._prompts(later)
-                    self.asked[later] = self.digest, slots, self._ask(slots, "step", later)
-            digest, slots, answer = self.asked.pop(step)
-        rollouts, ledger = answer()
-        check_weights(rollouts, {digest})
-        if self.unchecked and digest == self.digest:
-            self.unchecked = False
-            check_on_policy(stage, self.policy, rollouts, self.world)
-        scores = [finite(score) for score in self.score(rollouts)]
+                    self.pending[later] = slots, self._ask(slots, "step", later)
+            slots, answer = self.pending.pop(step)
+        drawn, ledger = with_scores(self.score, *answer())
         if stage.curriculum > 1:
-            for rollout, score in zip(rollouts, scores, strict=True):
+            for rollout, score in drawn:
                 right, tried = self.solved.get(slots[rollout.group], (0, 0))
                 self.solved[slots[rollout.group]] = right + (score.outcome == "correct"), tried + 1
-        return list(zip(rollouts, scores, strict=True)), ledger + spent(scores)
+        return drawn, ledger
 
     def _ask(self, slots: Sequence[Slot], *names: str | int) -> Answer:
         stage = self.stage
         prompts = [self.data.rows[source][row].example for source, row in slots]
-        question = prompts, stage.n, stage.sampling, derive(self.seed, stage.id, *names)
-        if isinstance(self.sampler, Ahead):
-            return self.sampler.request(*question)
-        found = self.sampler(*question)
-        return lambda: found
+        return self.sampler.request(prompts, stage.n, stage.sampling, derive(self.seed, stage.id, *names))
 
     def _prompts(self, step: int) -> list[Slot]:
         """The next `batch_size` prompts; with a curriculum those of the next few times as many that it chooses."""
@@ -290,13 +219,9 @@ class RolloutMethod(LogProbs, ABC):
         order = schedule(sizes, self.data.weights, again * size, derive(self.seed, self.stage.id, "further", step))
         return order[-size:]
 
-    def _logprobs(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
-        rows = [as_row(r) for r in rollouts]
-        return frozen_logprobs(self.policy, rows, self.stage.tokens_per_forward, self.temperature, self.world)
-
     def _put(self, into: list[Sequence[float] | None], members: Sequence[int], rollouts: Sequence[Rollout]) -> None:
         """The log-probabilities that the model of now gives the tokens of these rollouts."""
-        for i, logps in zip(members, self._logprobs([rollouts[i] for i in members]), strict=True):
+        for i, logps in zip(members, self.logprobs([as_row(rollouts[i]) for i in members]), strict=True):
             into[i] = logps
 
     def penalties(self, weight: float) -> list[list[float]]:
@@ -347,25 +272,19 @@ class RolloutMethod(LogProbs, ABC):
             loss_T = loss_T + stage.entropy_weight * entropy_bonus(outputs_KT[1], target_T)
         apart_N = (old_T - behaviour_T)[target_T].exp()
         moved_N = ratio(logps_T.detach(), old_T, target_T, sequence_T, self.level)[target_T]
-        stats: dict[str, float | Mapping[str, float]] = {
-            "mismatch_min": apart_N.min().item(),
-            "mismatch_max": apart_N.max().item(),
-            "mismatch_counts": binned(apart_N),
-            "ratio_min": moved_N.min().item(),
-            "ratio_max": moved_N.max().item(),
-            "ratio_counts": binned(moved_N),
-        }
+        stats = ratios("mismatch", apart_N) | ratios("ratio", moved_N)
         if self.clip is not None:
             stats["clipped"] = clipped_share(*tokens, batch.counts, **self.clip).item()
         return loss_T, old_T, stats
 
 
-def binned(ratio_N: Tensor) -> dict[str, float]:
-    """How many ratios lie between which bounds."""
+def ratios(name: str, ratio_N: Tensor) -> dict[str, float | Mapping[str, float]]:
+    """The lowest and the highest, and how many lie between which bounds."""
     bounds = torch.tensor(BOUNDS, dtype=ratio_N.dtype)
     counts = torch.bucketize(ratio_N.detach(), bounds).bincount(minlength=len(BOUNDS) + 1).tolist()
     labels = [f"to {BOUNDS[0]}", *(f"{low} to {high}" for low, high in pairwise(BOUNDS))]
-    return dict(zip([*labels, f"above {BOUNDS[-1]}"], counts, strict=True))
+    binned = dict(zip([*labels, f"above {BOUNDS[-1]}"], counts, strict=True))
+    return {f"{name}_min": ratio_N.min().item(), f"{name}_max": ratio_N.max().item(), f"{name}_counts": binned}
 
 
 def measured(drawn: Sequence[Scored], longest: int) -> Metrics:
@@ -404,10 +323,10 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def _correlation(groups: Sequence[Sequence[tuple[float, float]]]) -> float:
+def _correlation(by_group: Sequence[Sequence[tuple[float, float]]]) -> float:
     """Pearson's, of pairs from their group's means: a prompt with long answers and high rewards is no evidence."""
     xs, ys = [], []
-    for group in groups:
+    for group in by_group:
         x_mean, y_mean = _mean([x for x, _ in group]), _mean([y for _, y in group])
         xs += [x - x_mean for x, _ in group]
         ys += [y - y_mean for _, y in group]

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import pvariance
-from typing import Any
 
 from torch import Tensor
 
-from posttrain.credit.batch import as_row
 from posttrain.credit.pairs import pairs
-from posttrain.data.prepare import Prepared, schedule
 from posttrain.forest import Forest
-from posttrain.models.policy import Policy
-from posttrain.recipe.blocks import Sampling
 from posttrain.recipe.preference import SelfRewarding
-from posttrain.records import Example, Ledger, Rollout, Score, UserError, derive
+from posttrain.records import Ledger, Rollout, Score, UserError, derive
 from posttrain.rewards.judge import META, Judge, PairJudge, tournament
-from posttrain.rewards.protocol import check_scored
-from posttrain.sampling.protocol import Sampler
-from posttrain.training.batch import Batch, LogProbs, Metrics, asked
-from posttrain.training.preference import Judged, PreferenceMethod, read_judged, referred, write_judged
-from posttrain.training.rollouts import check_weights, measured
-from posttrain.training.rounds import sampled_once
-from posttrain.training.world import ALONE, World
+from posttrain.rewards.protocol import as_reward, check_scored
+from posttrain.training.batch import Batch, Metrics
+from posttrain.training.preference import Judged, PreferenceMethod, ranked, read_judged, referred, write_judged
+from posttrain.training.rollouts import measured
+from posttrain.training.rounds import RoundMethod
 
 POINTS = 5
 ADDITIVE = """\
@@ -41,7 +33,7 @@ The better one goes by the criteria that stand in the question, is right about t
 with the grade that follows from both. How long it is does not matter."""
 
 
-class SelfRewardingMethod(LogProbs):
+class SelfRewardingMethod(RoundMethod):
     """Rounds: the policy answers `prompts` prompts `n` times each and grades every answer `judging.n` times, 0 to 5
     points that add up; a best and a worst answer by their mean grades are a pair, and DPO learns the pairs, with the
     weights that the round began with as reference (Self-Rewarding, Yuan et al., 2401.10020).
@@ -49,9 +41,6 @@ class SelfRewardingMethod(LogProbs):
     With `meta_judge` it learns to judge as well (Meta-Rewarding, Wu et al., 2407.19594): of each prompt it compares, by
     twos and in both orders, the readable judgements of the answer whose grades differ most; the best and the worst of
     them are one more pair, after the question that asked for them.
-
-    What a round's pairs are and what the reference says of them stands in `folder`, in judged-ROUND.jsonl, with the
-    weights that wrote it: a continued run learns from the same pairs and samples none of them again.
 
     Departures. Prompts are those of the data, where the first paper has the model write new ones; that the model learns
     to judge from examples before the first round is a stage of kind sft of its own. A judgement that cannot be read has
@@ -61,86 +50,61 @@ class SelfRewardingMethod(LogProbs):
     too, in place of its limit on the length of the one preferred.
     """
 
-    period = 1
+    stage: SelfRewarding
+    name = "judged"
 
-    def __init__(
-        self,
-        stage: SelfRewarding,
-        data: Prepared,
-        policy: Policy,
-        sampler: Sampler,
-        folder: Path,
-        seed: int,
-        world: World = ALONE,
-    ) -> None:
-        self.stage, self.data, self.policy, self.sampler = stage, data, policy, sampler
-        self.folder, self.seed, self.world = folder, seed, world
-        sizes, slots = [len(rows) for rows in data.rows], stage.rounds * stage.prompts
-        self.slots = schedule(sizes, data.weights, slots, derive(seed, stage.id, "prompts"))
-        self.round = -1
-
-    def batch(self, step: int) -> Batch:
-        number, at = divmod(step, self.stage.round_steps)
-        if at == 0 or number != self.round:
-            made = self._begin(number, at == 0)
-        batch = self.learning.batch(at)
-        return batch if at else dataclasses.replace(batch, metrics=made["metrics"], ledger=Ledger(**made["ledger"]))
+    def learn(self, at: int) -> Batch:
+        return self.learning.batch(at)
 
     def loss(self, batch: Batch, rows: Sequence[int], forest: Forest, logps_T: Tensor) -> tuple[Tensor, Metrics]:
         return self.learning.loss(batch, rows, forest, logps_T)
 
-    def _begin(self, number: int, first: bool) -> dict[str, Any]:
-        """Have the pairs of a round; `first` says that it begins."""
-        path = self.folder / f"judged-{number}.jsonl"
-        made = sampled_once(path, first, self.policy, self.world, partial(self.judged, number), write_judged)
-        judged = read_judged(path, len(self.data.rows))
-        seed = derive(self.seed, self.stage.id, "round", number)
-        self.learning = PreferenceMethod(self.stage.learning, self.data, seed, judged, self.policy, self.world)
-        self.round = number
-        return made
+    def write(self, path: Path, found: list[list[Judged]]) -> None:
+        write_judged(path, found)
 
-    def judged(self, number: int, digest: str) -> tuple[list[list[Judged]], Metrics, Ledger]:
-        """The round's pairs by source, with what the policy of now, whose digest is given, says of them.
+    def take(self, path: Path, number: int) -> None:
+        judged, seed = read_judged(path, len(self.data.rows)), derive(self.seed, self.stage.id, "round", number)
+        self.learning = PreferenceMethod(self.stage.learning, self.data, seed, judged, self.policy, self.world)
+
+    def sample(self, number: int) -> tuple[list[list[Judged]], Metrics, Ledger]:
+        """The round's pairs by source, with what the policy of now says of them.
 
         Raises:
             Failure: too few answers could be graded.
             UserError: there is no pair.
         """
-        stage = self.stage
+        stage, how = self.stage, self.stage.judging
         slots = self.slots[number * stage.prompts :][: stage.prompts]
         seeds = partial(derive, self.seed, stage.id, "round", number)
         rng = random.Random(seeds("ties"))
         made: list[list[Judged]] = [[] for _ in self.data.rows]
 
-        def own(prompts: Sequence[Example], n: int, sampling: Sampling, seed: int) -> tuple[list[Rollout], Ledger]:
-            rollouts, cost = self.sampler(prompts, n, sampling, seed)
-            check_weights(rollouts, {digest})
-            return rollouts, cost
-
         def put(rollouts: Sequence[Rollout], scores: Sequence[Score], of: Sequence[int]) -> int:
             """Put away the pairs among texts, of which each belongs to a prompt `of` the round; returns how many."""
             found = pairs(rollouts, scores, rng, stage.length_control)
             found = [(a, b) for a, b in found if rollouts[a].ids != rollouts[b].ids]  # a judge may contradict itself
-            for a, b in found:
-                made[slots[of[a]][0]].append(_judged(rollouts, scores, a, b))
+            for best, worst in found:
+                source, _ = slots[of[best]]
+                made[source].append(ranked(rollouts, scores, (best, worst)))
             return len(found)
 
         prompts = [self.data.rows[s][i].example for s, i in slots]
-        answers, ledger = own(prompts, stage.n, stage.sampling, seeds("answers"))
-        judge = judge_of(stage, own, seeds("judgements"))
+        answers, ledger = self.sampler(prompts, stage.n, stage.sampling, seeds("answers"))
+        rubric, seed = how.rubric or ADDITIVE, seeds("judgements")
+        judge = Judge(self.sampler, rubric, low=0, high=POINTS, sampling=how, draws=how.n, seed=seed)
         said = judge.judgements(answers)
         scores = [judge.score(of) for of in said]
         check_scored(scores, stage.max_unscored)
         grades = [[] if isinstance(of, UserError) else [judge.read(r.text).value for r in of] for of in said]
         metrics = dict(measured(list(zip(answers, scores, strict=True)), stage.sampling.max_new_tokens))
-        metrics["unread"] = sum(each.count(None) for each in grades) / (len(answers) * stage.judging.n)
+        metrics["unread"] = sum(each.count(None) for each in grades) / (len(answers) * how.n)
         metrics["pairs"] = put(answers, scores, [answer.group for answer in answers])
-        ledger += judge.ledger
+        ledger += as_reward(judge.ledger)
         if stage.meta_judge:
-            meta = PairJudge(own, BETTER, form=META, sampling=stage.judging, seed=seeds("comparisons"))
+            meta = PairJudge(self.sampler, BETTER, form=META, sampling=how, seed=seeds("comparisons"))
             places, judgements = _uncertain(answers, said, grades, rng)
             metrics["judgement_pairs"] = put(judgements, tournament(meta)(judgements), places)
-            ledger += meta.ledger
+            ledger += as_reward(meta.ledger)
             if bias := meta.bias():
                 metrics |= {"turned": bias.turned, "shown_first": bias.shown_first}
         if not any(made):
@@ -150,12 +114,6 @@ class SelfRewardingMethod(LogProbs):
                 "temperatures, or teach it to judge before (docs/self-improvement.md)"
             )
         return referred(self.policy, stage.learning, made, self.world)[0], metrics, ledger
-
-
-def judge_of(stage: SelfRewarding, sampler: Sampler, seed: int) -> Judge:
-    """What grades the answers, if `sampler` draws from the policy."""
-    how = stage.judging
-    return Judge(sampler, how.rubric or ADDITIVE, low=0, high=POINTS, sampling=how, draws=how.n, seed=seed)
 
 
 def _uncertain(
@@ -181,12 +139,3 @@ def _uncertain(
         prompts += [prompt] * len(read)
         found += read
     return prompts, found
-
-
-def _judged(rollouts: Sequence[Rollout], scores: Sequence[Score], a: int, b: int) -> Judged:
-    best, worst = rollouts[a], rollouts[b]
-    value, other = scores[a].value, scores[b].value
-    assert value is not None
-    assert other is not None
-    sample = {"prompt": asked(best.example), "text": best.text, "score": value, "rejected": worst.text}
-    return Judged((as_row(best), as_row(worst)), (value, other), sample)

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from posttrain.data.prepare import Prepared
 from posttrain.forest import Forest
-from posttrain.losses import Counts, dft, nll, reduce_tokens
+from posttrain.losses import dft, nll, reduce_tokens
 from posttrain.recipe.stage import StageBase
 from posttrain.recipe.supervised import Sft
-from posttrain.training.batch import Batch, LogProbs, chosen, draws
+from posttrain.training.batch import Batch, LogProbs, chosen, draws, singly
 
 
 class SftMethod(LogProbs):
@@ -26,9 +26,7 @@ class SftMethod(LogProbs):
 
     def batch(self, step: int) -> Batch:
         size = self.stage.batch_size
-        rows = tuple(chosen(self.data.rows[s][i]) for s, i in self.order[step * size : (step + 1) * size])
-        counts = Counts(tokens=sum(sum(row.target) for row in rows), sequences=len(rows))
-        return Batch(rows, tuple((i,) for i in range(len(rows))), counts)
+        return singly([chosen(self.data.rows[s][i]) for s, i in self.order[step * size : (step + 1) * size]])
 
     def loss(
         self, batch: Batch, rows: Sequence[int], forest: Forest, logps_T: Tensor
