@@ -314,9 +314,10 @@ def politeness_rows(folder: Path) -> list[Row]:
     answers = {name: read_rows(folder / f"answers-{name}.jsonl") for name in ("base", *ALIGNED)}
     drift = {row["stage"]: row for row in read_json(folder / "run" / "evals.json")["retention"]}
     rows.append(_tokens("politeness: length of the base's answer", answers["base"]))
-    together = np.corrcoef([[a["tokens"], a["reward"]] for a in answers["base"]], rowvar=False)[0, 1]
+    with np.errstate(invalid="ignore"):  # answers or rewards that are all alike have none
+        together = np.corrcoef([[a["tokens"], a["reward"]] for a in answers["base"]], rowvar=False)[0, 1]
     what = "politeness: correlation of reward and length, answers of the base"
-    if np.isfinite(together):  # answers or rewards that are all alike have none
+    if np.isfinite(together):
         rows.append({"what": what, "value": float(together), "unit": "(Pearson)"})
     for stage, name in ALIGNED.items():
         pairs = list(zip(answers[stage], answers["base"], strict=True))
