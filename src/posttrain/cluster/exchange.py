@@ -1,8 +1,8 @@
 """FSDP2's two collectives on CPUs: each worker sends each other one its part directly.
 
-They move what a ring moves, (N - 1) / N of the tensor in and out of each of N workers. gloo's own ones take longer:
-its reduce-scatter is an all-reduce of which most is thrown away, and its ring waits for each neighbour in turn
-(`benchmarks/cluster.py` compares them). They are handed to FSDP, which calls `allocate` for what it passes.
+They move what a ring moves, (N - 1) / N of the tensor in and out of each of N workers. gloo's own ones take longer
+between two processes of one machine (`benchmarks/cluster.py` compares them); nothing else was measured. They are handed
+to FSDP, which calls `allocate` for what it passes.
 """
 
 from __future__ import annotations
